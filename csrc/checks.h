@@ -1,0 +1,90 @@
+// Argument checks and layouts shared by the CPU and CUDA operators.
+//
+// The Python layer (lambda_return_ext/functional.py) explains bad input to people. What is checked here is
+// what could otherwise read or write out of bounds, for callers that reach the operators directly.
+#pragma once
+
+#include "torch_abi.h"
+
+#include <initializer_list>
+
+#include "kernels/numeric.h"
+
+namespace lambda_return {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// values_t of the kernels: THO_DISPATCH_V2(type, name, AT_WRAP(body), LAMBDA_RETURN_VALUE_TYPES).
+#define LAMBDA_RETURN_VALUE_TYPES                                              \
+  torch::headeronly::ScalarType::Double, torch::headeronly::ScalarType::Float, \
+      torch::headeronly::ScalarType::BFloat16, torch::headeronly::ScalarType::Half
+
+inline ScalarType accumulate_dtype(const Tensor& values) {
+  return values.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline void check_matrix(const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(x.dim() == 2, name, " must be [B, T], got ", x.dim(), " dimensions");
+}
+
+// x [B, T] must have the shape and device of like [B, T].
+inline void check_same_matrix(const Tensor& x, const char* name, const Tensor& like, const char* like_name) {
+  check_matrix(x, name);
+  STD_TORCH_CHECK(
+      x.size(0) == like.size(0) && x.size(1) == like.size(1), name, " must have the shape of ", like_name, ", [",
+      like.size(0), ", ", like.size(1), "], got [", x.size(0), ", ", x.size(1), "]");
+  STD_TORCH_CHECK(x.device() == like.device(), name, " must be on the device of ", like_name);
+}
+
+inline void check_rewards(const Tensor& terminal_rewards, const Tensor& values) {
+  STD_TORCH_CHECK(
+      terminal_rewards.dim() == 1 && terminal_rewards.size(0) == values.size(0), "terminal_rewards must be [B] = [",
+      values.size(0), "], got ", terminal_rewards.numel(), " elements in ", terminal_rewards.dim(), " dimensions");
+  STD_TORCH_CHECK(terminal_rewards.device() == values.device(), "terminal_rewards must be on the device of values");
+}
+
+inline void check_scalar(const Tensor& x, const char* name, const Tensor& like) {
+  STD_TORCH_CHECK(x.dim() == 0, name, " must be 0-dim, got ", x.dim(), " dimensions");
+  STD_TORCH_CHECK(x.device() == like.device(), name, " must be on the device of values");
+}
+
+// x [B, T] whose rows are contiguous in T: x itself where they are (any row stride, 0 included), else one
+// copy.
+inline Tensor contiguous_rows(const Tensor& x) {
+  return x.size(1) <= 1 || x.stride(1) == 1 ? x : torch::stable::contiguous(x);
+}
+
+// mask [B, T] as bytes, nonzero = valid: bool, uint8 and int8 as they are, any other dtype through one bool
+// copy.
+inline Tensor byte_mask(const Tensor& mask) {
+  const ScalarType dtype = mask.scalar_type();
+  const bool is_byte = dtype == ScalarType::Bool || dtype == ScalarType::Byte || dtype == ScalarType::Char;
+  return contiguous_rows(is_byte ? mask : torch::stable::to(mask, ScalarType::Bool));
+}
+
+// x of dtype, contiguous: for [B] and 0-dim arguments.
+inline Tensor contiguous_as(const Tensor& x, ScalarType dtype) {
+  return torch::stable::contiguous(x.scalar_type() == dtype ? x : torch::stable::to(x, dtype));
+}
+
+// Row pointers into a [B, T] tensor whose rows are contiguous in T.
+template <class T>
+struct Rows {
+  T* data;
+  int64_t stride;
+
+  T* operator[](int64_t row) const { return data + row * stride; }
+};
+
+template <class T>
+Rows<const T> const_rows(const Tensor& x) {
+  return {static_cast<const T*>(x.const_data_ptr()), x.stride(0)};
+}
+
+template <class T>
+Rows<T> mutable_rows(const Tensor& x) {
+  return {static_cast<T*>(x.mutable_data_ptr()), x.stride(0)};
+}
+
+}  // namespace lambda_return

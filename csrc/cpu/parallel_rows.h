@@ -1,0 +1,53 @@
+// Rows of a [B, T] tensor over threads, and the reduction of their squared errors.
+#pragma once
+
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+#include "../checks.h"
+#include "../kernels/squared_error.h"
+
+namespace lambda_return::cpu {
+
+// Tokens below which one thread is faster than waking a second: some ten microseconds of work.
+constexpr int64_t kTokensPerThread = 16384;
+
+// Calls body(row) once for each of the B rows of T tokens. Rows do not depend on one another, so the number
+// of threads cannot change a bit of the result.
+template <class Body>
+void parallel_rows(int64_t B, int64_t T, const Body& body) {
+  const int64_t grain = std::max<int64_t>(1, kTokensPerThread / std::max<int64_t>(1, T));
+  torch::stable::parallel_for(0, B, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      body(row);
+    }
+  });
+}
+
+// The sum over rows of row_error(row), added up in row order whatever the number of threads.
+template <class RowError>
+SquaredError sum_over_rows(int64_t B, int64_t T, const RowError& row_error) {
+  std::vector<SquaredError> errors(B);
+  parallel_rows(B, T, [&](int64_t row) { errors[row] = row_error(row); });
+  SquaredError total;
+  for (const SquaredError& error : errors) {
+    total.add(error);
+  }
+  return total;
+}
+
+// (loss, num_tokens): the mean in the accumulation dtype of values and the count in int64, both 0-dim.
+inline std::tuple<Tensor, Tensor> mean_and_count(const SquaredError& error, const Tensor& values) {
+  Tensor loss = torch::stable::new_empty(values, {}, accumulate_dtype(values));
+  Tensor num_tokens = torch::stable::new_empty(values, {}, ScalarType::Long);
+  if (loss.scalar_type() == ScalarType::Double) {
+    *loss.mutable_data_ptr<double>() = error.mean();
+  } else {
+    *loss.mutable_data_ptr<float>() = static_cast<float>(error.mean());
+  }
+  *num_tokens.mutable_data_ptr<int64_t>() = error.num_tokens;
+  return {loss, num_tokens};
+}
+
+}  // namespace lambda_return::cpu

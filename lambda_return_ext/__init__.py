@@ -1,0 +1,51 @@
+"""Masked reverse lambda-returns and their fused masked value loss for PyTorch.
+
+Importing the package loads the operator library and registers ``torch.ops.lambda_return.*``. The functions below are
+the same operators with validated arguments; :mod:`lambda_return_ext.reference` holds their slow plain-torch oracle.
+"""
+
+import torch
+
+__version__ = "0.1.0"
+
+if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
+    raise ImportError(
+        f"lambda_return_ext {__version__} needs torch >= 2.10, found {torch.__version__}: upgrade torch, for example "
+        "with `pip install --upgrade torch`."
+    )
+try:
+    from . import _C  # type: ignore[attr-defined]  # noqa: F401  (loading it registers the operators)
+except ImportError as error:
+    raise ImportError(
+        f"lambda_return_ext {__version__} could not load its compiled operators ({error}): reinstall it next to the "
+        "torch you use, with `pip install --no-build-isolation .` in its source folder."
+    ) from error
+
+from . import _registrations  # noqa: F401  (fake and autograd implementations)
+from .functional import (
+    compute_lambda_return,
+    compute_lambda_value_loss,
+    compute_mc_value_loss,
+    compute_pairwise_accuracy,
+    compute_token_variance,
+    create_eos_only_mask,
+    init_value_head_bias,
+    masked_mse,
+    pairwise_ranking_loss,
+)
+from .modules import LambdaReturn, LambdaValueLoss
+
+__all__ = [
+    "LambdaReturn",
+    "LambdaValueLoss",
+    "__version__",
+    "compute_lambda_return",
+    "compute_lambda_value_loss",
+    "compute_mc_value_loss",
+    "compute_pairwise_accuracy",
+    "compute_token_variance",
+    "create_eos_only_mask",
+    "init_value_head_bias",
+    "masked_mse",
+    "pairwise_ranking_loss",
+]

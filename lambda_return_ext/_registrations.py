@@ -1,0 +1,162 @@
+"""Fake (shape) and autograd implementations of every operator, side by side.
+
+The schemas are in csrc/library.cpp. The stable C++ interface of torch has no autograd, so it is registered here.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import register_autograd, register_fake
+
+_ops = torch.ops.lambda_return
+
+
+def _accumulate_dtype(values: Tensor) -> torch.dtype:
+    return torch.float64 if values.dtype == torch.float64 else torch.float32
+
+
+def _fake_loss(values: Tensor) -> tuple[Tensor, Tensor]:
+    return values.new_empty((), dtype=_accumulate_dtype(values)), values.new_empty((), dtype=torch.int64)
+
+
+# ---- lambda_return: linear in (values, terminal_rewards), so its adjoint's adjoint is itself ---------------------
+
+
+@register_fake("lambda_return::lambda_return")
+def _(values: Tensor, terminal_rewards: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95) -> Tensor:
+    return values.new_empty(values.shape)
+
+
+@register_fake("lambda_return::lambda_return_backward")
+def _(grad_returns: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
+    grad_rewards = grad_returns.new_empty(grad_returns.shape[0], dtype=_accumulate_dtype(grad_returns))
+    return grad_returns.new_empty(grad_returns.shape), grad_rewards
+
+
+def _lambda_return_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    _values, terminal_rewards, mask, ctx.gamma, ctx.lam = inputs
+    ctx.rewards_dtype = terminal_rewards.dtype
+    ctx.save_for_backward(mask)
+
+
+def _lambda_return_backward(ctx: Any, grad_returns: Tensor) -> tuple[Tensor | None, ...]:
+    (mask,) = ctx.saved_tensors
+    grad_values, grad_rewards = _ops.lambda_return_backward(grad_returns, mask, ctx.gamma, ctx.lam)
+    return grad_values, grad_rewards.to(ctx.rewards_dtype), None, None, None
+
+
+def _lambda_return_backward_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    _grad_returns, mask, ctx.gamma, ctx.lam = inputs
+    ctx.save_for_backward(mask)
+
+
+def _lambda_return_backward_backward(
+    ctx: Any, grad_grad_values: Tensor, grad_grad_rewards: Tensor
+) -> tuple[Tensor | None, ...]:
+    (mask,) = ctx.saved_tensors
+    return _ops.lambda_return(grad_grad_values, grad_grad_rewards, mask, ctx.gamma, ctx.lam), None, None, None
+
+
+register_autograd("lambda_return::lambda_return", _lambda_return_backward, setup_context=_lambda_return_setup)
+register_autograd(
+    "lambda_return::lambda_return_backward",
+    _lambda_return_backward_backward,
+    setup_context=_lambda_return_backward_setup,
+)
+
+# ---- lambda_value_loss: the targets are constants, gradients reach values only -----------------------------------
+
+
+@register_fake("lambda_return::lambda_value_loss")
+def _(
+    values: Tensor,
+    terminal_rewards: Tensor,
+    attention_mask: Tensor,
+    loss_mask: Tensor,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+) -> tuple[Tensor, Tensor]:
+    return _fake_loss(values)
+
+
+@register_fake("lambda_return::lambda_value_loss_backward")
+def _(
+    grad_loss: Tensor,
+    num_tokens: Tensor,
+    values: Tensor,
+    terminal_rewards: Tensor,
+    attention_mask: Tensor,
+    loss_mask: Tensor,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+) -> Tensor:
+    return values.new_empty(values.shape)
+
+
+def _lambda_value_loss_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.gamma, ctx.lam = inputs
+    _loss, num_tokens = output
+    ctx.save_for_backward(num_tokens, *tensors)
+
+
+def _lambda_value_loss_backward(ctx: Any, grad_loss: Tensor, _grad_num_tokens: None) -> tuple[Tensor | None, ...]:
+    grad_values = _ops.lambda_value_loss_backward(grad_loss, *ctx.saved_tensors, ctx.gamma, ctx.lam)
+    return grad_values, None, None, None, None, None
+
+
+register_autograd(
+    "lambda_return::lambda_value_loss", _lambda_value_loss_backward, setup_context=_lambda_value_loss_setup
+)
+
+# ---- masked_mse: d loss / d targets is minus d loss / d values ---------------------------------------------------
+
+
+@register_fake("lambda_return::masked_mse")
+def _(values: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    return _fake_loss(values)
+
+
+@register_fake("lambda_return::masked_mse_backward")
+def _(grad_loss: Tensor, num_tokens: Tensor, values: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+    return values.new_empty(values.shape)
+
+
+def _masked_mse_setup(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    _loss, num_tokens = output
+    ctx.save_for_backward(num_tokens, *inputs)
+
+
+def _masked_mse_backward(ctx: Any, grad_loss: Tensor, _grad_num_tokens: None) -> tuple[Tensor | None, ...]:
+    _num_tokens, _values, targets, _mask = ctx.saved_tensors
+    grad_values = _ops.masked_mse_backward(grad_loss, *ctx.saved_tensors)
+    grad_targets = -grad_values.to(targets.dtype) if ctx.needs_input_grad[1] else None
+    return grad_values, grad_targets, None
+
+
+register_autograd("lambda_return::masked_mse", _masked_mse_backward, setup_context=_masked_mse_setup)
+
+# ---- eos_mask: not differentiable ---------------------------------------------------------------------------------
+
+
+@register_fake("lambda_return::eos_mask")
+def _(mask: Tensor) -> Tensor:
+    return mask.new_empty(mask.shape)
+
+
+# ---- gradients that do not exist ----------------------------------------------------------------------------------
+
+
+def _unsupported(name: str, what: str) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        """Nothing is saved: the backward always raises."""
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(f"lambda_return::{name}: {what}")
+
+    register_autograd(f"lambda_return::{name}", backward, setup_context=setup_context)
+
+
+_unsupported("lambda_value_loss_backward", "the fused loss has no second derivative; write it with lambda_return")
+_unsupported("masked_mse_backward", "the fused loss has no second derivative; write it in torch operations")
+_unsupported("eos_mask", "a mask has no gradient")
