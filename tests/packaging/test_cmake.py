@@ -1,0 +1,71 @@
+"""The C++ product: configure, build, ctest, install, and a project that finds it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.packaging
+
+CONSUMER_CMAKE = """
+cmake_minimum_required(VERSION 3.20)
+project(consumer LANGUAGES CXX)
+find_package(lambda_return 0.1 REQUIRED)
+add_executable(consumer main.cpp)
+target_compile_features(consumer PRIVATE cxx_std_17)
+target_link_libraries(consumer PRIVATE lambda_return::kernels)
+file(GENERATE OUTPUT library.txt CONTENT $<TARGET_FILE:lambda_return::ops>)
+"""
+
+CONSUMER_MAIN = """
+#include <dlfcn.h>
+#include <cstdio>
+#include "kernels/lambda_return.h"
+int main(int, char** argv) {
+  const float values[] = {0.25f, 9.0f, 0.5f, 0.75f};
+  const uint8_t mask[] = {1, 0, 1, 1};
+  float returns[4];
+  const auto discount = lambda_return::Discount<float>::from(1.0, 0.5);
+  lambda_return::lambda_return_row(values, mask, 4, 1.0f, discount, returns);
+  std::printf("%g %g %g %g, operators %s", returns[0], returns[1], returns[2], returns[3],
+              dlopen(argv[1], RTLD_NOW) ? "loaded" : dlerror());
+}
+"""
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    done = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_build_ctest_install_and_use(sources, tmp_path):
+    build, prefix = tmp_path / "build", tmp_path / "prefix"
+    run("cmake", "-B", build, f"-DPython_EXECUTABLE={sys.executable}", cwd=sources)
+    run("cmake", "--build", build, "--parallel", "2", cwd=sources)
+    assert "100% tests passed, 0 tests failed out of 2" in run("ctest", "--test-dir", build, cwd=sources)
+    run("cmake", "--install", build, "--prefix", prefix, cwd=sources)
+
+    consumer = tmp_path / "consumer"
+    consumer.mkdir()
+    (consumer / "CMakeLists.txt").write_text(CONSUMER_CMAKE)
+    (consumer / "main.cpp").write_text(CONSUMER_MAIN)
+    run("cmake", "-B", "build", f"-DCMAKE_PREFIX_PATH={prefix}", cwd=consumer)
+    run("cmake", "--build", "build", cwd=consumer)
+    library = (consumer / "build" / "library.txt").read_text()
+    assert run("build/consumer", library, cwd=consumer) == "0.6875 0 0.875 1, operators loaded"
+
+
+def test_configure_without_torch_says_what_to_do(sources, environment, tmp_path):
+    env = environment(hidden=("torch",))
+    done = subprocess.run(
+        ["cmake", "-B", str(tmp_path / "build"), f"-DPython_EXECUTABLE={env.python}"],
+        cwd=sources,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    message = " ".join(done.stderr.split())
+    assert "lambda_return needs torch >= 2.10" in message
+    assert "-DPython_EXECUTABLE=" in message

@@ -1,0 +1,131 @@
+"""Every way in which people install the package, and what they read when it cannot work."""
+
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from .conftest import BUILD_TOOLS, REPOSITORY
+
+pytestmark = pytest.mark.packaging
+
+
+def fake_torch(site_packages: Path, version: str) -> None:
+    """A torch that has nothing but a version."""
+    (site_packages / "torch").mkdir()
+    (site_packages / "torch" / "__init__.py").write_text(f"__version__ = '{version}'\n")
+
+
+# ---- builds ----
+
+
+def test_pip_install_with_build_isolation_uses_the_installed_torch(environment, sources):
+    env = environment(hidden=BUILD_TOOLS)
+    done = env.pip_install(sources)
+    env.check_operators()
+    # No torch was fetched, neither here nor into the isolated build environment, which alone holds ninja.
+    assert "Downloading torch" not in done.stdout
+    assert "Collecting torch" not in done.stdout
+    assert (env.site_packages / "torch").is_symlink()
+    assert not (env.site_packages / "ninja").exists()
+
+
+def test_editable_install_follows_the_sources(environment, sources):
+    env = environment(hidden=BUILD_TOOLS)
+    env.pip_install("--editable", sources)
+    env.check_operators()
+    functional = sources / "lambda_return_ext" / "functional.py"
+    functional.write_text(functional.read_text() + "\nEDITED = True\n")
+    env.run("-c", "import lambda_return_ext.functional as f; assert f.EDITED")
+
+
+def test_sdist_holds_every_source_and_builds_by_itself(environment, sources, tmp_path):
+    build = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=sources, check=True, capture_output=True)
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        held = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    tracked = subprocess.check_output(["git", "ls-files"], cwd=REPOSITORY, text=True).split()
+    missing = [name for name in tracked if name not in held and not name.startswith((".ci", ".git"))]
+    assert not missing
+    env = environment(hidden=BUILD_TOOLS)
+    env.pip_install(sdist)
+    env.check_operators()
+
+
+def test_wheel_is_abi3_and_touches_torch_by_its_stable_interface_alone(wheel, environment, tmp_path):
+    assert "-cp310-abi3-" in wheel.name
+    with zipfile.ZipFile(wheel) as archive:
+        assert archive.testzip() is None
+        library = archive.extract("lambda_return_ext/_C.abi3.so", tmp_path)
+        names = archive.namelist()
+    assert not [name for name in names if name.endswith((".cpp", ".h")) or name.startswith("tests")]
+    symbols = subprocess.check_output(["nm", "-D", "--undefined-only", library], text=True).split()
+    # C++ symbols of torch are mangled with its namespaces; the stable interface is plain C.
+    assert not [name for name in symbols if any(space in name for space in ("2at", "3c10", "5torch", "6caffe2"))]
+    env = environment(hidden=BUILD_TOOLS)
+    env.pip_install("--no-deps", wheel)
+    env.check_operators()
+
+
+def test_setup_py_stays_small():
+    assert len((REPOSITORY / "setup.py").read_text().splitlines()) <= 80
+
+
+# ---- what does not work says so in one sentence ----
+
+
+def test_build_without_torch_says_what_to_do(environment, sources):
+    done = environment(hidden=("torch", *BUILD_TOOLS)).pip_install(sources, check=False)
+    assert done.returncode != 0
+    output = " ".join((done.stdout + done.stderr).split())
+    assert "lambda_return_ext needs an installed torch >= 2.10 to build against: install torch first" in output
+    assert "uv pip install --no-build-isolation ." in output
+    assert "Traceback" not in output
+
+
+def test_build_with_an_old_torch_says_what_to_do(environment, sources):
+    env = environment(hidden=("torch", *BUILD_TOOLS))
+    fake_torch(env.site_packages, "2.9.1+cpu")
+    done = env.pip_install(sources, check=False)
+    assert done.returncode != 0
+    output = " ".join((done.stdout + done.stderr).split())
+    assert "lambda_return_ext needs torch >= 2.10, found 2.9.1+cpu: upgrade torch, then build again." in output
+    assert "Traceback" not in output
+
+
+def import_error(env) -> str:
+    done = env.run("-c", "import lambda_return_ext", check=False)
+    assert done.returncode != 0
+    return done.stderr.strip().splitlines()[-1]
+
+
+def test_import_under_an_old_torch_says_what_to_do(wheel, environment):
+    env = environment(hidden=("torch",))
+    env.pip_install("--no-deps", wheel)
+    fake_torch(env.site_packages, "2.9.1")
+    assert import_error(env) == (
+        "ImportError: lambda_return_ext 0.1.0 needs torch >= 2.10, found 2.9.1: upgrade torch, "
+        "for example with `pip install --upgrade torch`."
+    )
+
+
+def test_import_without_torch_says_what_to_do(wheel, environment):
+    env = environment(hidden=("torch",))
+    env.pip_install("--no-deps", wheel)
+    assert import_error(env) == (
+        "ImportError: lambda_return_ext 0.1.0 needs torch >= 2.10, found none: install torch, "
+        "for example with `pip install torch`."
+    )
+
+
+def test_import_without_the_compiled_library_says_what_to_do(wheel, environment):
+    env = environment()
+    env.pip_install("--no-deps", wheel)
+    (env.site_packages / "lambda_return_ext" / "_C.abi3.so").unlink()
+    message = import_error(env)
+    assert message.startswith("ImportError: lambda_return_ext 0.1.0 could not load its compiled operators")
+    assert message.endswith("with `pip install --no-build-isolation .` in its source folder.")

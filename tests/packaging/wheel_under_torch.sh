@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Builds one wheel with the torch of .venv and runs the operator tests with it under other versions of torch.
+#
+#   tests/packaging/wheel_under_torch.sh 2.10.0 2.14.1
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+repository=$PWD
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+
+# Built from a copy and tested from a folder without the sources: only the wheel can be imported.
+git ls-files -z | xargs -0 cp --parents --target-directory="$scratch"
+.venv/bin/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir "$scratch/wheel" "$scratch"
+mkdir "$scratch/suite"
+cp -r tests/ops "$repository/pyproject.toml" "$scratch/suite"
+
+for version in "$@"; do
+  python3 -m venv "$scratch/env"
+  "$scratch/env/bin/pip" install --quiet "torch==$version" numpy pytest hypothesis "$scratch"/wheel/*.whl
+  (cd "$scratch/suite" && "$scratch/env/bin/python" -c \
+    "import torch, lambda_return_ext as lr; print('torch', torch.__version__, 'with', lr.__file__)")
+  (cd "$scratch/suite" && "$scratch/env/bin/python" -m pytest -q ops)
+  rm -rf "$scratch/env"
+done
