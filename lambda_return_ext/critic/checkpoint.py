@@ -1,0 +1,191 @@
+"""The run folder: created once, never overwritten unasked, every file written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lambda_return_ext.critic.config import Config, load_config
+from lambda_return_ext.critic.errors import UserError
+from lambda_return_ext.critic.model import ValueModel
+
+CONFIG = "config.yaml"
+DATA = "data.json"
+METRICS = "metrics.jsonl"
+RESULTS = "results.json"
+CURVES = "curves.png"
+TENSORBOARD = "tensorboard"
+BEST = "best.safetensors"
+LAST = "last.safetensors"
+RUN_FILES = (CONFIG, DATA, METRICS, RESULTS, CURVES, TENSORBOARD, BEST, LAST)
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path` and rename it to `path` once it is completely on disk."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    yield temporary
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def check_run_dir(config: Config, resume: bool, overwrite: bool) -> None:
+    """Refuse a run folder that a run must not touch; write nothing.
+
+    Raises:
+        UserError: the folder has something in it and neither flag was given; or --resume finds another
+            configuration in it; or --overwrite finds no run in it.
+    """
+    run_dir = Path(config.run_dir)
+    if not run_dir.exists():
+        return
+    if not run_dir.is_dir():
+        raise UserError(f"run_dir must be a folder or not exist yet, got the file {config.run_dir!r}")
+    if not any(run_dir.iterdir()):
+        return
+    if not (resume or overwrite):
+        raise UserError(f"run_dir = {run_dir} is not empty: give --resume to go on, --overwrite to start again")
+    saved = run_dir / CONFIG
+    if not saved.is_file():
+        raise UserError(f"run_dir = {run_dir} is not empty and holds no {CONFIG}, so it is no run: choose another")
+    if resume:
+        before, now = flatten(load_config(saved).model_dump()), flatten(config.model_dump())
+        changed = [f"{key} was {before[key]!r} and is now {now[key]!r}" for key in now if now[key] != before[key]]
+        if changed:
+            raise UserError(f"--resume must have the configuration of the run in {run_dir}: {'; '.join(changed)}")
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
+def open_run_dir(config: Config, data: Mapping[str, Any], overwrite: bool) -> Path:
+    """Create the run folder and write down what the run depends on; `overwrite` removes an older run's files.
+
+    Raises:
+        UserError: the folder cannot be written, or the run in it was trained on other data.
+    """
+    run_dir = Path(config.run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if overwrite:
+            for name in RUN_FILES:
+                path = run_dir / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        check_same_data(run_dir, data)
+        write_text(run_dir / CONFIG, config.to_yaml())
+        write_json(run_dir / DATA, data)
+    except OSError as error:
+        raise UserError(f"run_dir = {run_dir} must be writable: {error}") from error
+    return run_dir
+
+
+def check_same_data(run_dir: Path, data: Mapping[str, Any]) -> None:
+    """Refuse a run folder whose data file has changed since: its split would be another one.
+
+    Raises:
+        UserError: the run in the folder was trained on other data.
+    """
+    path = run_dir / DATA
+    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != data:
+        raise UserError(f"{data['path']} is not the file that the run in {run_dir} was trained on: its content changed")
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """Write tensors and, as JSON in the same file's header, the rest: one file, so the two cannot disagree."""
+    with atomic_path(path) as temporary:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, temporary, metadata={"state": json.dumps(state)})
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_tensors` wrote.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, json.loads(file.metadata()["state"])
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} must be a checkpoint of this trainer: {error}") from error
+
+
+def load_model(model: ValueModel, tensors: Mapping[str, Tensor]) -> None:
+    """Put the tensors of a checkpoint back into the model; all that it saves must be there."""
+    wanted = model.saved_tensors()
+    if wanted.keys() != tensors.keys():
+        raise UserError(f"the checkpoint must hold {sorted(wanted)}, got {sorted(tensors)}")
+    model.load_state_dict(tensors, strict=False)
+
+
+def save_last(
+    path: Path,
+    model: ValueModel,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    progress: Mapping[str, Any],
+) -> None:
+    """Write all that a killed run needs to go on as if nothing had happened; `progress` is any JSON."""
+    optimizer_state = optimizer.state_dict()
+    tensors = {f"model.{name}": tensor for name, tensor in model.saved_tensors().items()}
+    for index, slots in optimizer_state["state"].items():
+        tensors |= {f"optimizer.{index}.{slot}": tensor for slot, tensor in slots.items()}
+    tensors["rng.cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    state = {
+        "param_groups": optimizer_state["param_groups"],
+        "scheduler": scheduler.state_dict(),
+        "progress": dict(progress),
+    }
+    save_tensors(path, tensors, state)
+
+
+def load_last(
+    path: Path,
+    model: ValueModel,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+) -> dict[str, Any]:
+    """Restore what `save_last` wrote and return its `progress`."""
+    tensors, state = load_tensors(path)
+    load_model(model, {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model.")})
+    slots: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, slot = name.split(".")
+            slots.setdefault(int(index), {})[slot] = tensor
+    optimizer.load_state_dict({"state": slots, "param_groups": state["param_groups"]})
+    scheduler.load_state_dict(state["scheduler"])
+    torch.set_rng_state(tensors["rng.cpu"])
+    if torch.cuda.is_available() and "rng.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["rng.cuda"])
+    return state["progress"]

