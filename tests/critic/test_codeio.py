@@ -574,10 +574,10 @@ def processes():
 
 def test_the_first_real_problems(tmp_path, capsys):
     output = tmp_path / "pairs.jsonl"
-    assert codeio.run(parse("--output", output, "--problems", 60)) == 0
+    assert codeio.run(parse("--output", output, "--problems", 12)) == 0
     records = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     problems = {record["problem_id"] for record in records}
-    assert 5 <= len(problems) <= 60
+    assert 8 <= len(problems) <= 12
     assert len(records) >= 6 * len(problems)
     assert len({record["rejected_how"] for record in records}) >= 8
     assert {record["chosen_how"].split(":")[0] for record in records} == {"original", "survivor"}

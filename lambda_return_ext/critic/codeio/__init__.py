@@ -17,7 +17,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from itertools import islice
 from pathlib import Path
 
 from ..errors import UserError
@@ -39,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the inputs and the mutants; default: 0")
     parser.add_argument("--min-chars", type=int, default=80, help="shortest program, stripped; default: 80")
     parser.add_argument("--max-chars", type=int, default=420, help="longest program, stripped; default: 420")
-    parser.add_argument("--max-prompt-chars", type=int, default=900, help="longest prompt; default: 900")
+    parser.add_argument("--max-prompt-bytes", type=int, default=900, help="longest prompt; default: 900")
     parser.add_argument("--pairs-per-problem", type=int, default=8, metavar="N", help="at most; default: 8")
-    parser.add_argument("--problems", type=int, metavar="N", help="read only the file's first N problems")
+    parser.add_argument("--problems", type=int, metavar="N", help="judge only the first N that pass the filters")
     parser.add_argument("--workers", type=int, metavar="N", help="problems run at a time; default: one a CPU")
 
 
@@ -58,13 +57,14 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         min_chars=args.min_chars,
         max_chars=args.max_chars,
-        max_prompt_chars=args.max_prompt_chars,
+        max_prompt_bytes=args.max_prompt_bytes,
         pairs_per_problem=args.pairs_per_problem,
+        problems=args.problems,
     )
     start = time.monotonic()
     with _progress() as on_progress, Judges() as judges:
-        rows = islice(read_rows(path), args.problems)
-        records, counts = build_pairs(rows, options, judges, args.workers or os.cpu_count() or 1, on_progress)
+        workers = args.workers or os.cpu_count() or 1
+        records, counts = build_pairs(read_rows(path), options, judges, workers, on_progress)
     if not records:
         raise UserError(f"no pairs came of these arguments: {dict(counts.dropped)}")
     write_jsonl(records, args.output)

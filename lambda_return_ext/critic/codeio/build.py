@@ -27,8 +27,9 @@ class Options:
     seed: int = 0
     min_chars: int = 80
     max_chars: int = 420
-    max_prompt_chars: int = 900
+    max_prompt_bytes: int = 900
     pairs_per_problem: int = 8
+    problems: int | None = None  # judge no more than the first of them
 
 
 @dataclass
@@ -100,9 +101,11 @@ def build_pairs(
 def _select(rows: Iterable[dict[str, Any]], options: Options, counts: Counts) -> list[Problem]:
     problems: dict[tuple[str, str], Problem] = {}
     for row in rows:
+        if len(problems) == options.problems:
+            break
         counts.rows += 1
         try:
-            problem = make_problem(row, options.min_chars, options.max_chars, options.max_prompt_chars)
+            problem = make_problem(row, options.min_chars, options.max_chars, options.max_prompt_bytes)
         except Unusable as reason:
             counts.dropped[str(reason)] += 1
             continue

@@ -25,7 +25,7 @@ class Limits:
     """What judged programs may use; nothing of the network and no file may be written."""
 
     # A reference, all inputs together: the first that is enough counts. Its mutants get four times as long.
-    reference_cpu_seconds: tuple[float, ...] = (0.1, 0.5)
+    reference_cpu_seconds: tuple[float, ...] = (0.05, 0.5)
     wall_seconds: float = 10.0  # any program, should it sleep or the machine be busy
     judge_cpu_seconds: float = 5.0  # one problem, less its programs: making the inputs
     judge_wall_seconds: float = 120.0  # one problem with all of its programs, by the wall clock

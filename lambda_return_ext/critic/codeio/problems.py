@@ -76,7 +76,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
-def make_problem(row: dict[str, Any], min_chars: int, max_chars: int, max_prompt_chars: int) -> Problem:
+def make_problem(row: dict[str, Any], min_chars: int, max_chars: int, max_prompt_bytes: int) -> Problem:
     """Turn a row into a problem.
 
     Raises:
@@ -88,7 +88,7 @@ def make_problem(row: dict[str, Any], min_chars: int, max_chars: int, max_prompt
         raise Unusable("program shorter or longer than asked for")
     return Problem(
         problem_id="codeio-" + hashlib.sha256(task.encode()).hexdigest()[:12],
-        prompt=make_prompt(task, normalize(row["input_output_spec"]), max_prompt_chars),
+        prompt=make_prompt(task, normalize(row["input_output_spec"]), max_prompt_bytes),
         generator=row["input_generator"],
         original=row["code_sample"],
         reference=reference,
@@ -101,15 +101,16 @@ def normalize(text: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", text)
 
 
-def make_prompt(task: str, specification: str, max_chars: int) -> str:
+def make_prompt(task: str, specification: str, max_bytes: int) -> str:
     """Put the task, its input and output, and the beginning of a code block together.
 
-    Where that is too long, the inputs keep their names and types and lose their prose; then the output too.
+    Where that is too long, the inputs keep their names and types and lose their prose; then the output too. Bytes
+    say more about tokens than characters do: an alphabet other than Latin costs more of both.
     """
     inputs, output, rest = specification.partition("Output:")
     for shortened in (specification, _drop_prose(inputs) + output + rest, _drop_prose(specification)):
         prompt = f"{task}\n\n{shortened}\n\n{PROMPT_END}"
-        if len(prompt) <= max_chars:
+        if len(prompt.encode()) <= max_bytes:
             return prompt
     raise Unusable("prompt longer than asked for")
 
