@@ -28,7 +28,7 @@ except ImportError as error:
         "torch you use, with `pip install --no-build-isolation .` in its source folder."
     ) from error
 
-from . import _registrations  # noqa: F401  (fake and autograd implementations)
+from . import _cuda, _registrations  # noqa: F401  (importing the second registers fake and autograd)
 from .functional import (
     compute_lambda_return,
     compute_lambda_value_loss,
@@ -41,6 +41,8 @@ from .functional import (
     pairwise_ranking_loss,
 )
 from .modules import LambdaReturn, LambdaValueLoss
+
+_cuda.load()
 
 __all__ = [
     "LambdaReturn",

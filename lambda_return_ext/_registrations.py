@@ -128,9 +128,14 @@ def _masked_mse_setup(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor
 
 
 def _masked_mse_backward(ctx: Any, grad_loss: Tensor, _grad_num_tokens: None) -> tuple[Tensor | None, ...]:
-    _num_tokens, _values, targets, _mask = ctx.saved_tensors
-    grad_values = _ops.masked_mse_backward(grad_loss, *ctx.saved_tensors)
-    grad_targets = -grad_values.to(targets.dtype) if ctx.needs_input_grad[1] else None
+    num_tokens, values, targets, mask = ctx.saved_tensors
+    grad_values = _ops.masked_mse_backward(grad_loss, num_tokens, values, targets, mask)
+    if not ctx.needs_input_grad[1]:
+        grad_targets = None
+    elif targets.dtype == values.dtype:
+        grad_targets = -grad_values
+    else:  # float32 targets of half values: the same error with the sides exchanged, not rounded to half
+        grad_targets = _ops.masked_mse_backward(grad_loss, num_tokens, targets, values.to(targets.dtype), mask)
     return grad_values, grad_targets, None
 
 

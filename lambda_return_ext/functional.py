@@ -34,10 +34,6 @@ def _check_values(name: str, values: Tensor) -> Tensor:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {values.dtype}")
     if values.dim() != 2:
         raise ValueError(f"{name} must have shape [B, T], got {list(values.shape)}")
-    if values.device.type == "cuda" and not torch._C._dispatch_has_kernel_for_dispatch_key(
-        "lambda_return::lambda_return", "CUDA"
-    ):
-        raise ValueError(f"{name} must be on the CPU: this build has no CUDA kernels, got {values.device}")
     return values
 
 
@@ -368,11 +364,11 @@ def _output_layer(module: nn.Module) -> tuple[nn.Linear, bool] | None:
     """Return the last Linear of a value head and whether a sigmoid follows it, or None."""
     if isinstance(module, nn.Linear):
         return module, False
-    if isinstance(module, nn.Sequential) and len(module) > 0:
-        if isinstance(module[-1], nn.Sigmoid):
-            found = _output_layer(module[:-1])
-            return (found[0], True) if found else None
-        return _output_layer(module[-1])
+    if isinstance(module, nn.Sequential):
+        layers = list(module)
+        sigmoid = bool(layers) and isinstance(layers[-1], nn.Sigmoid)
+        found = _output_layer(layers[-2 if sigmoid else -1]) if len(layers) > sigmoid else None
+        return (found[0], sigmoid or found[1]) if found else None
     for name in _HEAD_NAMES:
         child = getattr(module, name, None)
         if isinstance(child, nn.Module):

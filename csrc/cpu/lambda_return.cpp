@@ -8,49 +8,37 @@ namespace {
 // values [B, T], terminal_rewards [B], mask [B, T] -> returns [B, T] in the dtype of values.
 Tensor lambda_return(
     const Tensor& values, const Tensor& terminal_rewards, const Tensor& mask, double gamma, double lam) {
-  check_matrix(values, "values");
-  check_same_matrix(mask, "mask", values, "values");
-  check_rewards(terminal_rewards, values);
-
-  const int64_t B = values.size(0), T = values.size(1);
-  const Tensor values_rows = contiguous_rows(values);
-  const Tensor mask_rows = byte_mask(mask);
-  const Tensor rewards = contiguous_as(terminal_rewards, accumulate_dtype(values));
-  Tensor returns = torch::stable::new_empty(values, {B, T});
+  const LambdaReturnArguments in(values, terminal_rewards, mask);
+  Tensor returns = torch::stable::new_empty(values, {in.B, in.T});
 
   THO_DISPATCH_V2(values.scalar_type(), "lambda_return", AT_WRAP([&] {
     using acc_t = accumulate_t<scalar_t>;
-    const auto v = const_rows<scalar_t>(values_rows);
-    const auto m = const_rows<uint8_t>(mask_rows);
+    const auto v = const_rows<scalar_t>(in.values);
+    const auto m = const_rows<uint8_t>(in.mask);
     const auto g = mutable_rows<scalar_t>(returns);
-    const auto* r = static_cast<const acc_t*>(rewards.const_data_ptr());
+    const auto* r = static_cast<const acc_t*>(in.terminal_rewards.const_data_ptr());
     const auto discount = Discount<acc_t>::from(gamma, lam);
-    parallel_rows(B, T, [&](int64_t b) { lambda_return_row(v[b], m[b], T, r[b], discount, g[b]); });
+    parallel_rows(in.B, in.T, [&](int64_t b) { lambda_return_row(v[b], m[b], in.T, r[b], discount, g[b]); });
   }), LAMBDA_RETURN_VALUE_TYPES);
   return returns;
 }
 
-// grad_returns [B, T], mask [B, T] -> grad_values [B, T] in the dtype of grad_returns, grad_terminal_rewards
-// [B] in its accumulation dtype.
+// grad_returns [B, T], mask [B, T] -> grad_values [B, T] in the dtype of grad_returns, grad_terminal_rewards [B] in
+// its accumulation dtype.
 std::tuple<Tensor, Tensor> lambda_return_backward(
     const Tensor& grad_returns, const Tensor& mask, double gamma, double lam) {
-  check_matrix(grad_returns, "grad_returns");
-  check_same_matrix(mask, "mask", grad_returns, "grad_returns");
-
-  const int64_t B = grad_returns.size(0), T = grad_returns.size(1);
-  const Tensor grad_rows = contiguous_rows(grad_returns);
-  const Tensor mask_rows = byte_mask(mask);
-  Tensor grad_values = torch::stable::new_empty(grad_returns, {B, T});
-  Tensor grad_rewards = torch::stable::new_empty(grad_returns, {B}, accumulate_dtype(grad_returns));
+  const LambdaReturnBackwardArguments in(grad_returns, mask);
+  Tensor grad_values = torch::stable::new_empty(grad_returns, {in.B, in.T});
+  Tensor grad_rewards = torch::stable::new_empty(grad_returns, {in.B}, accumulate_dtype(grad_returns));
 
   THO_DISPATCH_V2(grad_returns.scalar_type(), "lambda_return_backward", AT_WRAP([&] {
     using acc_t = accumulate_t<scalar_t>;
-    const auto g = const_rows<scalar_t>(grad_rows);
-    const auto m = const_rows<uint8_t>(mask_rows);
+    const auto g = const_rows<scalar_t>(in.grad_returns);
+    const auto m = const_rows<uint8_t>(in.mask);
     const auto dv = mutable_rows<scalar_t>(grad_values);
     auto* dr = static_cast<acc_t*>(grad_rewards.mutable_data_ptr());
     const auto discount = Discount<acc_t>::from(gamma, lam);
-    parallel_rows(B, T, [&](int64_t b) { dr[b] = lambda_return_backward_row(g[b], m[b], T, discount, dv[b]); });
+    parallel_rows(in.B, in.T, [&](int64_t b) { dr[b] = lambda_return_backward_row(g[b], m[b], in.T, discount, dv[b]); });
   }), LAMBDA_RETURN_VALUE_TYPES);
   return {grad_values, grad_rewards};
 }

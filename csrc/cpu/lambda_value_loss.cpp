@@ -5,33 +5,11 @@
 namespace lambda_return::cpu {
 namespace {
 
-// The checked inputs of forward and backward, laid out for the kernels.
-struct Inputs {
-  int64_t B, T;
-  Tensor values;            // [B, T]
-  Tensor terminal_rewards;  // [B], accumulation dtype
-  Tensor attention_mask;    // [B, T], bytes
-  Tensor loss_mask;         // [B, T], bytes
-
-  Inputs(const Tensor& values_, const Tensor& rewards_, const Tensor& attention_mask_, const Tensor& loss_mask_) {
-    check_matrix(values_, "values");
-    check_same_matrix(attention_mask_, "attention_mask", values_, "values");
-    check_same_matrix(loss_mask_, "loss_mask", values_, "values");
-    check_rewards(rewards_, values_);
-    B = values_.size(0);
-    T = values_.size(1);
-    values = contiguous_rows(values_);
-    terminal_rewards = contiguous_as(rewards_, accumulate_dtype(values_));
-    attention_mask = byte_mask(attention_mask_);
-    loss_mask = byte_mask(loss_mask_);
-  }
-};
-
 // values [B, T], terminal_rewards [B], masks [B, T] -> loss 0-dim, num_tokens 0-dim.
 std::tuple<Tensor, Tensor> lambda_value_loss(
     const Tensor& values, const Tensor& terminal_rewards, const Tensor& attention_mask, const Tensor& loss_mask,
     double gamma, double lam) {
-  const Inputs in(values, terminal_rewards, attention_mask, loss_mask);
+  const LambdaValueLossArguments in(values, terminal_rewards, attention_mask, loss_mask);
   SquaredError error;
   THO_DISPATCH_V2(values.scalar_type(), "lambda_value_loss", AT_WRAP([&] {
     using acc_t = accumulate_t<scalar_t>;
@@ -51,11 +29,8 @@ std::tuple<Tensor, Tensor> lambda_value_loss(
 Tensor lambda_value_loss_backward(
     const Tensor& grad_loss, const Tensor& num_tokens, const Tensor& values, const Tensor& terminal_rewards,
     const Tensor& attention_mask, const Tensor& loss_mask, double gamma, double lam) {
-  const Inputs in(values, terminal_rewards, attention_mask, loss_mask);
-  check_scalar(grad_loss, "grad_loss", values);
-  check_scalar(num_tokens, "num_tokens", values);
-  const Tensor grad_loss_acc = contiguous_as(grad_loss, accumulate_dtype(values));
-  const Tensor num_tokens_long = contiguous_as(num_tokens, ScalarType::Long);
+  const LambdaValueLossArguments in(values, terminal_rewards, attention_mask, loss_mask);
+  const LossGradientArguments grad(grad_loss, num_tokens, values);
   Tensor grad_values = torch::stable::new_empty(values, {in.B, in.T});
 
   THO_DISPATCH_V2(values.scalar_type(), "lambda_value_loss_backward", AT_WRAP([&] {
@@ -66,8 +41,7 @@ Tensor lambda_value_loss_backward(
     const auto dv = mutable_rows<scalar_t>(grad_values);
     const auto* r = static_cast<const acc_t*>(in.terminal_rewards.const_data_ptr());
     const auto discount = Discount<acc_t>::from(gamma, lam);
-    const acc_t scale = mean_squared_error_scale(
-        *static_cast<const acc_t*>(grad_loss_acc.const_data_ptr()), *num_tokens_long.const_data_ptr<int64_t>());
+    const acc_t scale = gradient_scale<acc_t>(grad);
     parallel_rows(in.B, in.T, [&](int64_t b) {
       lambda_value_loss_backward_row(v[b], a[b], m[b], in.T, r[b], discount, scale, dv[b]);
     });

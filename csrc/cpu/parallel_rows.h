@@ -5,7 +5,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../checks.h"
+#include "../arguments.h"
 #include "../kernels/squared_error.h"
 
 namespace lambda_return::cpu {
@@ -48,6 +48,13 @@ inline std::tuple<Tensor, Tensor> mean_and_count(const SquaredError& error, cons
   }
   *num_tokens.mutable_data_ptr<int64_t>() = error.num_tokens;
   return {loss, num_tokens};
+}
+
+// d loss / d V of a token that counts, divided by its error.
+template <class acc_t>
+acc_t gradient_scale(const LossGradientArguments& grad) {
+  return mean_squared_error_scale(
+      *static_cast<const acc_t*>(grad.grad_loss.const_data_ptr()), *grad.num_tokens.const_data_ptr<int64_t>());
 }
 
 }  // namespace lambda_return::cpu

@@ -28,7 +28,13 @@ struct Discount {
   }
 
   LAMBDA_RETURN_HOST_DEVICE acc_t weighted_value(acc_t v) const { return value == acc_t(0) ? acc_t(0) : value * v; }
-  LAMBDA_RETURN_HOST_DEVICE acc_t weighted_carry(acc_t g) const { return carry == acc_t(0) ? acc_t(0) : carry * g; }
+  LAMBDA_RETURN_HOST_DEVICE acc_t weighted_carry(acc_t h) const { return carry == acc_t(0) ? acc_t(0) : carry * h; }
+
+  // What a valid position with value v and return g hands to the valid position left of it.
+  LAMBDA_RETURN_HOST_DEVICE acc_t step(acc_t v, acc_t g) const { return weighted_value(v) + weighted_carry(g); }
+
+  // The same for the adjoint: what a valid position with incoming gradient g hands to the one right of it.
+  LAMBDA_RETURN_HOST_DEVICE acc_t adjoint_step(acc_t g, acc_t adjoint) const { return g + weighted_carry(adjoint); }
 };
 
 // Calls visit(t, valid, G[t]) for t = T-1 ... 0. values [T], mask [T] (nonzero byte = valid).
@@ -41,7 +47,7 @@ LAMBDA_RETURN_HOST_DEVICE void for_each_return(
     const bool valid = mask[t] != 0;
     visit(t, valid, valid ? carry : acc_t(0));
     if (valid) {
-      carry = discount.weighted_value(static_cast<acc_t>(values[t])) + discount.weighted_carry(carry);
+      carry = discount.step(static_cast<acc_t>(values[t]), carry);
     }
   }
 }
@@ -67,7 +73,7 @@ LAMBDA_RETURN_HOST_DEVICE acc_t lambda_return_backward_row(
     const bool valid = mask[t] != 0;
     grad_values[t] = static_cast<scalar_t>(valid ? discount.weighted_value(adjoint) : acc_t(0));
     if (valid) {
-      adjoint = static_cast<acc_t>(grad_returns[t]) + discount.weighted_carry(adjoint);
+      adjoint = discount.adjoint_step(static_cast<acc_t>(grad_returns[t]), adjoint);
     }
   }
   return adjoint;
