@@ -18,6 +18,7 @@ _OPERATORS = (
     "masked_mse_backward",
     "eos_mask",
 )
+available = False  # whether load() found kernels for this torch
 _stubs = torch.library.Library("lambda_return", "IMPL")
 
 
@@ -29,13 +30,14 @@ def _missing(*_arguments: object, **_keywords: object) -> NoReturn:
     )
 
 
-def load() -> bool:
-    """Load the kernels for the CUDA version of this torch; return whether there are any."""
+def load() -> None:
+    """Load the kernels for the CUDA version of this torch, if there are any."""
+    global available
     if torch.version.cuda is not None:
         major = torch.version.cuda.split(".")[0]
         for library in Path(__file__).parent.glob(f"_C_cuda{major}.*"):
             torch.ops.load_library(library)
-            return True
+            available = True
+            return
     for name in _OPERATORS:
         _stubs.impl(name, _missing, "CUDA")
-    return False

@@ -1,0 +1,275 @@
+"""The contract of every operator again, on the device. Everything is compared with the CPU operators in float64.
+
+All of it is skipped without a CUDA device or without the CUDA kernels, with the reason. Under compute-sanitizer:
+``compute-sanitizer --tool memcheck python -m pytest tests/ops/test_cuda.py`` (and racecheck, initcheck, synccheck).
+"""
+
+import pytest
+import torch
+from ops_testing import (
+    DISCOUNTS,
+    HALF_DTYPES,
+    LAYOUTS,
+    MASK_DTYPES,
+    MASK_KINDS,
+    OPCHECK_DTYPES,
+    VALUE_DTYPES,
+    Batch,
+    leaf,
+    make_batch,
+    make_grad,
+    mask_as,
+    poisoned,
+)
+from torch.autograd import gradcheck, gradgradcheck
+from torch.library import opcheck
+
+import lambda_return_ext as lr
+
+ops = torch.ops.lambda_return
+CUDA_KERNELS = torch.cuda.is_available() and lr._cuda.available
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(
+        not CUDA_KERNELS, reason="needs a CUDA device and the CUDA kernels (FORCE_CUDA=1 pip install ...)"
+    ),
+]
+
+# Around the edges of a thread's 8 (float64: 4) tokens, a warp's 256, a block's 2048 and the look-back's segments.
+LENGTHS = (1, 3, 7, 8, 9, 255, 256, 257, 511, 513, 1025, 2047, 2048, 2049, 4095, 4097, 6145, 65537)
+ROWS = (1, 2, 5, 33)
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def on(batch: Batch, device: str = "cuda") -> Batch:
+    return Batch(*(x.to(device) for x in batch))
+
+
+def all_outputs(batch: Batch, gamma: float, lam: float, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """Every output and gradient of every operator, on the batch's device, computed in dtype."""
+    grad = make_grad(Batch(*(x.cpu() for x in batch))).to(batch.values.device, dtype)
+    batch = batch._replace(values=batch.values.to(dtype or batch.values.dtype))
+    values, rewards, _, mask = batch
+    returns = ops.lambda_return(values, rewards, mask, gamma, lam)
+    grad_values, grad_rewards = ops.lambda_return_backward(grad, mask, gamma, lam)
+    loss, count = ops.lambda_value_loss(*batch, gamma, lam)
+    targets = torch.full_like(values, 0.25)
+    mse, mse_count = ops.masked_mse(values, targets, mask)
+    return {
+        "returns": returns,
+        "grad_values": grad_values,
+        "grad_rewards": grad_rewards,
+        "loss": loss,
+        "count": count,
+        "loss_grad": ops.lambda_value_loss_backward(torch.ones_like(loss), count, *batch, gamma, lam),
+        "mse": mse,
+        "mse_count": mse_count,
+        "mse_grad": ops.masked_mse_backward(torch.ones_like(mse), mse_count, values, targets, mask),
+        "eos": ops.eos_mask(mask),
+    }
+
+
+def assert_like_cpu(batch: Batch, gamma: float = 1.0, lam: float = 0.95) -> None:
+    dtype = batch.values.dtype
+    exact = all_outputs(batch, gamma, lam, dtype=torch.float64)
+    for name, actual in all_outputs(on(batch), gamma, lam).items():
+        assert actual.is_cuda
+        if name in ("count", "mse_count", "eos"):
+            assert torch.equal(actual.cpu(), exact[name].to(actual.dtype)), name
+        else:
+            error = (actual.cpu().double() - exact[name]).abs()
+            assert (error <= TOLERANCE[dtype] * exact[name].abs().clamp(min=1.0)).all(), (name, error.max())
+
+
+@pytest.mark.parametrize("T", LENGTHS)
+@pytest.mark.parametrize("B", ROWS)
+@pytest.mark.parametrize("dtype", VALUE_DTYPES, ids=str)
+def test_every_shape(dtype, B, T):
+    assert_like_cpu(make_batch("conversation", B, T, dtype))
+
+
+@pytest.mark.parametrize(("gamma", "lam"), DISCOUNTS)
+@pytest.mark.parametrize("kind", MASK_KINDS)
+@pytest.mark.parametrize("shape", [(3, 300), (600, 37), (2, 9000)])
+def test_every_mask_and_discount(shape, kind, gamma, lam):
+    assert_like_cpu(make_batch(kind, *shape, torch.float32), gamma, lam)
+
+
+@pytest.mark.parametrize("shape", [(4096, 40), (513, 700), (5000, 1200), (16, 70001)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_launch_plan(dtype, shape):
+    assert_like_cpu(make_batch("gaps", *shape, dtype))
+
+
+@pytest.mark.parametrize("mask_dtype", MASK_DTYPES, ids=str)
+def test_every_mask_dtype(mask_dtype):
+    batch = make_batch("gaps", 3, 700, torch.float32)
+    assert_like_cpu(batch._replace(loss_mask=mask_as(batch.loss_mask, mask_dtype)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_layout(layout, dtype):
+    batch = make_batch("gaps", 5, 517, dtype)
+    view = LAYOUTS[layout]
+    device = Batch(view(batch.values), batch.rewards, view(batch.attention_mask), view(batch.loss_mask))
+    moved = Batch(*(x.to("cuda").as_strided(x.shape, x.stride()) if x.is_contiguous() else _move(x) for x in device))
+    for name, actual in all_outputs(moved, 1.0, 0.95).items():
+        assert torch.equal(actual, all_outputs(on(batch), 1.0, 0.95)[name]), name
+
+
+def _move(x: torch.Tensor) -> torch.Tensor:
+    """x on the device with the very same strides and offset, which Tensor.to does not keep."""
+    base = torch.empty(x.untyped_storage().nbytes() // x.element_size(), dtype=x.dtype)
+    base.copy_(torch.as_strided(x, base.shape, (1,), 0))
+    return base.cuda().as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)])
+def test_empty(shape):
+    outputs = all_outputs(on(make_batch("dense", *shape, torch.float32)), 1.0, 0.95)
+    assert outputs["loss"] == 0
+    assert outputs["count"] == 0
+    assert (outputs["grad_rewards"] == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(3, 300), (2, 9001)])
+def test_nothing_at_a_masked_position_is_used(shape):
+    batch = make_batch("conversation", *shape, torch.float32)
+    dirty = batch._replace(values=poisoned(batch.values, batch.loss_mask))
+    clean, poison = (all_outputs(on(b), 1.0, 0.95) for b in (batch, dirty))
+    assert all(torch.equal(clean[name], poison[name]) for name in clean)
+
+
+@pytest.mark.parametrize("shape", [(64, 100), (700, 3000), (3, 100_001)])
+@pytest.mark.parametrize("dtype", VALUE_DTYPES, ids=str)
+def test_same_bits_from_run_to_run(dtype, shape):
+    batch = on(make_batch("gaps", *shape, dtype))
+    first = all_outputs(batch, 1.0, 0.95)
+    for _ in range(10):
+        assert all(torch.equal(x, first[name]) for name, x in all_outputs(batch, 1.0, 0.95).items())
+
+
+def test_gradcheck():
+    values, rewards, attention_mask, mask = on(make_batch("gaps", 3, 9))
+    values, rewards = leaf(values), leaf(rewards)
+    returns = lambda v, r: lr.compute_lambda_return(v, r, mask, 0.9, 0.8)  # noqa: E731
+    assert gradcheck(returns, (values, rewards))
+    assert gradgradcheck(returns, (values, rewards))
+    assert gradcheck(lambda v: lr.compute_mc_value_loss(v, rewards.detach(), attention_mask, mask), (values,))
+
+
+@pytest.mark.parametrize("dtypes", OPCHECK_DTYPES, ids=str)
+def test_opcheck(dtypes):
+    batch = make_batch("gaps", 3, 9, dtypes[0])
+    batch = on(batch._replace(loss_mask=mask_as(batch.loss_mask, dtypes[1])))
+    values, rewards, _, mask = batch
+    loss, count = ops.lambda_value_loss(*batch)
+    opcheck(ops.lambda_return.default, (leaf(values), leaf(rewards), mask, 0.9, 0.8))
+    opcheck(ops.lambda_return_backward.default, (leaf(values), mask, 0.9, 0.8))
+    opcheck(ops.lambda_value_loss.default, (leaf(values), *batch[1:], 0.9, 0.8))
+    opcheck(ops.lambda_value_loss_backward.default, (loss, count, *batch, 0.9, 0.8))
+    opcheck(ops.masked_mse.default, (leaf(values), values, mask))
+    opcheck(ops.masked_mse_backward.default, (loss, count, values, values, mask))
+    opcheck(ops.eos_mask.default, (mask,))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+def test_compile_whole_with_dynamic_shapes():
+    compiled = torch.compile(lr.compute_lambda_value_loss, fullgraph=True, dynamic=True)
+    for B, T in ((3, 20), (4, 33), (7, 9000)):
+        batch = on(make_batch("gaps", B, T, torch.float32))
+        values, expected = leaf(batch.values), leaf(batch.values)
+        compiled(values, *batch[1:]).backward()
+        lr.compute_lambda_value_loss(expected, *batch[1:]).backward()
+        assert torch.equal(values.grad, expected.grad)
+
+
+@pytest.mark.parametrize("shape", [(32, 500), (2, 50_000)])
+def test_graph_replay_with_changed_inputs(shape):
+    static = on(make_batch("gaps", *shape, torch.float32))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        all_outputs(static, 1.0, 0.95)  # warm up off the default stream, as capture asks
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    grad = torch.randn_like(static.values)
+    with torch.cuda.graph(graph):
+        captured = (
+            ops.lambda_return(*static[:2], static.loss_mask, 1.0, 0.95),
+            *ops.lambda_return_backward(grad, static.loss_mask, 1.0, 0.95),
+            *ops.lambda_value_loss(*static, 1.0, 0.95),
+        )
+    for seed in range(3):
+        for buffer, fresh in zip(static, on(make_batch("gaps", *shape, torch.float32, seed)), strict=True):
+            buffer.copy_(fresh)
+        graph.replay()
+        expected = (
+            ops.lambda_return(*static[:2], static.loss_mask, 1.0, 0.95),
+            *ops.lambda_return_backward(grad, static.loss_mask, 1.0, 0.95),
+            *ops.lambda_value_loss(*static, 1.0, 0.95),
+        )
+        assert all(torch.equal(x, y) for x, y in zip(captured, expected, strict=True))
+
+
+def test_side_streams_do_not_disturb_one_another():
+    batches = [on(make_batch("gaps", 3, 60_000, torch.float32, seed)) for seed in range(4)]
+    expected = [all_outputs(batch, 1.0, 0.95) for batch in batches]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in batches]
+    actual = []
+    for batch, stream in zip(batches, streams, strict=True):
+        with torch.cuda.stream(stream):
+            actual.append([all_outputs(batch, 1.0, 0.95) for _ in range(5)])
+    torch.cuda.synchronize()
+    for runs, reference in zip(actual, expected, strict=True):
+        assert all(torch.equal(run[name], reference[name]) for run in runs for name in reference)
+
+
+@pytest.mark.skipif(not CUDA_KERNELS or torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_second_device_while_the_first_is_current():
+    batch = make_batch("gaps", 3, 6000, torch.float32)
+    second = all_outputs(on(batch, "cuda:1"), 1.0, 0.95)
+    first = all_outputs(on(batch, "cuda:0"), 1.0, 0.95)
+    assert torch.cuda.current_device() == 0
+    for name, x in second.items():
+        assert x.device.index == 1
+        assert torch.equal(x.cpu(), first[name].cpu())
+
+
+def test_no_host_synchronisation():
+    batch = on(make_batch("gaps", 8, 300, torch.float32))
+    values = leaf(batch.values)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        lr.compute_lambda_value_loss(values, *batch[1:]).backward()
+        lr.create_eos_only_mask(batch.loss_mask)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_more_than_2_to_the_31_tokens():
+    B, T = 3, 2**31 // 3 + 1_000_003
+    free, _total = torch.cuda.mem_get_info()
+    if free < B * T * 6:
+        pytest.skip(f"needs {B * T * 6 / 2**30:.0f} GiB of device memory, {free / 2**30:.0f} are free")
+    values = torch.zeros(B, T, dtype=torch.bfloat16, device="cuda")
+    mask = torch.zeros(B, T, dtype=torch.uint8, device="cuda")
+    valid = torch.tensor([0, T // 2, T - 1], device="cuda")
+    values[:, valid], mask[:, valid] = 0.5, 1
+    rewards = torch.tensor([1.0, 0.0, -1.0], device="cuda")
+    returns = ops.lambda_return(values, rewards, mask, 1.0, 0.5)
+    for row, reward in enumerate(rewards.tolist()):
+        middle = 0.25 + 0.5 * reward
+        assert returns[row, valid].tolist() == [0.25 + 0.5 * middle, middle, reward]
+    assert returns.count_nonzero() == 3 * B - 1  # one target of this example is 0
+    assert ops.eos_mask(mask).nonzero().tolist() == [[row, T - 1] for row in range(B)]
+
+
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
+def test_halves_are_accumulated_in_float32(dtype):
+    batch = on(make_batch("dense", 4, 5000, dtype))
+    returns = ops.lambda_return(*batch[:2], batch.loss_mask, 1.0, 0.95)
+    exact = ops.lambda_return(batch.values.double(), batch.rewards.double(), batch.loss_mask, 1.0, 0.95)
+    assert ((returns.double() - exact).abs() <= torch.finfo(dtype).eps * exact.abs().clamp(min=1e-3)).all()
