@@ -34,10 +34,13 @@ RUN_FILES = (CONFIG, DATA, METRICS, RESULTS, CURVES, TENSORBOARD, BEST, LAST)
 def atomic_path(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path` and rename it to `path` once it is completely on disk."""
     temporary = path.with_name(f".{path.name}.tmp")
-    yield temporary
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

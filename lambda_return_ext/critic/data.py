@@ -41,6 +41,11 @@ class TokenPair(NamedTuple):
     right: Solution
     wrong: Solution
 
+    @property
+    def length(self) -> int:
+        """Tokens of the longer side, by which batches are put together whether or not features are cached."""
+        return len(self.right.prompt_ids) + max(len(self.right.output_ids), len(self.wrong.output_ids))
+
 
 @dataclass(frozen=True)
 class PairData:
@@ -224,19 +229,15 @@ class Collator:
         self.pad_id = pad_id
         self.features = features
 
-    def length(self, solution: Solution) -> int:
-        """Positions that a solution takes in a batch."""
-        return len(solution.output_ids) + (0 if self.features is not None else len(solution.prompt_ids))
-
     def __call__(self, pairs: Sequence[TokenPair]) -> Batch:
         """Pad the pairs on the right into one batch."""
         solutions = [pair.right for pair in pairs] + [pair.wrong for pair in pairs]
-        lengths = torch.tensor([self.length(solution) for solution in solutions])
-        starts = lengths - torch.tensor([len(solution.output_ids) for solution in solutions])
         if self.features is not None:
             rows = [self.features[solution] for solution in solutions]
         else:
             rows = [torch.tensor(solution.prompt_ids + solution.output_ids) for solution in solutions]
+        lengths = torch.tensor([len(row) for row in rows])
+        starts = lengths - torch.tensor([len(solution.output_ids) for solution in solutions])
         position = torch.arange(int(lengths.max()))
         attention_mask = position < lengths[:, None]
         return Batch(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from lambda_return_ext import compute_pairwise_accuracy, compute_token_variance,
 from lambda_return_ext.critic.config import ValueLossConfig
 from lambda_return_ext.critic.data import Collator, Solution, TokenPair
 from lambda_return_ext.critic.losses import value_loss
-from lambda_return_ext.critic.model import continue_prompt, group_by_prompt
+from lambda_return_ext.critic.model import PromptGroup, continue_prompt
 
 
 @torch.no_grad()
@@ -27,7 +27,7 @@ def evaluate_pairs(
     """
     model.eval()
     device = next(model.parameters()).device
-    by_length = sorted(pairs, key=lambda pair: max(collate.length(pair.right), collate.length(pair.wrong)))
+    by_length = sorted(pairs, key=lambda pair: pair.length)
     totals: dict[str, float] = {}
     for start in range(0, len(by_length), batch_size):
         part = by_length[start : start + batch_size]
@@ -71,17 +71,26 @@ def length_baseline(train: Sequence[TokenPair], validation: Sequence[TokenPair])
 
 @torch.inference_mode()
 def likelihood_baseline(
-    language_model: nn.Module, validation: Sequence[TokenPair], advance: Callable[[int], None]
+    language_model: nn.Module,
+    validation: Sequence[TokenPair],
+    groups: Iterable[PromptGroup],
+    advance: Callable[[int], None],
 ) -> float:
-    """Pairwise accuracy of ranking by the language model's mean log-probability per output token."""
+    """Pairwise accuracy of ranking by the language model's mean log-probability per output token.
+
+    Args:
+        language_model: a transformers causal language model.
+        validation: the pairs to rank; a tie counts as wrong.
+        groups: their solutions by prompt.
+        advance: called with the number of tokens read since the last call.
+    """
     scores: dict[Solution, float] = {}
-    solutions = [solution for pair in validation for solution in (pair.right, pair.wrong)]
-    for prompt_ids, group in group_by_prompt(solutions):
-        prompt, output = continue_prompt(language_model, prompt_ids, group)
-        first = prompt.logits[:, -1:].expand(len(group), -1, -1)
+    for group in groups:
+        prompt, output = continue_prompt(language_model, group)
+        first = prompt.logits[:, -1:].expand(len(group.solutions), -1, -1)
         logits = torch.cat([first, output.logits[:, :-1]], dim=1)
-        for row, solution in enumerate(group):
+        for row, solution in enumerate(group.solutions):
             targets = torch.tensor(solution.output_ids, device=logits.device)
             scores[solution] = -nn.functional.cross_entropy(logits[row, : len(targets)].float(), targets).item()
-        advance(len(group))
+        advance(group.tokens)
     return sum(scores[pair.right] > scores[pair.wrong] for pair in validation) / len(validation)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lambda_return_ext import init_value_head_bias
 from lambda_return_ext.critic.config import HeadConfig
-from lambda_return_ext.critic.data import Solution
+from lambda_return_ext.critic.data import Solution, TokenPair
 from lambda_return_ext.critic.errors import UserError
 
 PACKAGE_PREFIX = "package:"
@@ -165,46 +165,60 @@ def _packaged_gguf(name: str) -> Path:
 SOLUTIONS_AT_ONCE = 32
 
 
-@torch.inference_mode()
-def compute_features(
-    backbone: nn.Module, solutions: Iterable[Solution], advance: Callable[[int], None]
-) -> dict[Solution, Tensor]:
-    """Features [T, H] of the output tokens of each distinct solution, on the CPU.
+class PromptGroup(NamedTuple):
+    """Distinct solutions of one prompt that go through the model together."""
 
-    Args:
-        backbone: a transformers base model.
-        solutions: duplicates are computed once, and so is each prompt.
-        advance: called with the number of solutions done since the last call.
-    """
-    features = {}
-    for prompt_ids, group in group_by_prompt(solutions):
-        _, output = continue_prompt(backbone, prompt_ids, group)
-        for row, solution in enumerate(group):
-            hidden = output.last_hidden_state[row, : len(solution.output_ids)]
-            features[solution] = hidden.to("cpu", copy=True)
-        advance(len(group))
-    return features
+    prompt_ids: tuple[int, ...]
+    solutions: list[Solution]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the model reads: the prompt counts once."""
+        return len(self.prompt_ids) + sum(len(solution.output_ids) for solution in self.solutions)
 
 
-def group_by_prompt(solutions: Iterable[Solution]) -> list[tuple[tuple[int, ...], list[Solution]]]:
-    """The distinct solutions by prompt, in parts of similar length that fit into memory."""
+def group_by_prompt(pairs: Iterable[TokenPair]) -> list[PromptGroup]:
+    """The distinct solutions of the pairs by prompt, in parts of similar length that fit into memory."""
     by_prompt: dict[tuple[int, ...], list[Solution]] = {}
-    for solution in dict.fromkeys(solutions):
+    for solution in dict.fromkeys(side for pair in pairs for side in (pair.right, pair.wrong)):
         by_prompt.setdefault(solution.prompt_ids, []).append(solution)
     parts = []
     for prompt_ids, group in by_prompt.items():
         group.sort(key=lambda solution: len(solution.output_ids))
-        parts += [(prompt_ids, group[i : i + SOLUTIONS_AT_ONCE]) for i in range(0, len(group), SOLUTIONS_AT_ONCE)]
+        for start in range(0, len(group), SOLUTIONS_AT_ONCE):
+            parts.append(PromptGroup(prompt_ids, group[start : start + SOLUTIONS_AT_ONCE]))
     return parts
 
 
-def continue_prompt(model: nn.Module, prompt_ids: Sequence[int], solutions: Sequence[Solution]) -> tuple[Any, Any]:
-    """Run a transformers model over one prompt and then, from its key-value cache, over all solutions at once.
+@torch.inference_mode()
+def compute_features(
+    backbone: nn.Module, groups: Iterable[PromptGroup], advance: Callable[[int], None]
+) -> dict[Solution, Tensor]:
+    """Features [T, H] of the output tokens of each solution, on the CPU.
+
+    Args:
+        backbone: a transformers base model.
+        groups: what to compute.
+        advance: called with the number of tokens read since the last call.
+    """
+    features = {}
+    for group in groups:
+        _, output = continue_prompt(backbone, group)
+        for row, solution in enumerate(group.solutions):
+            hidden = output.last_hidden_state[row, : len(solution.output_ids)]
+            features[solution] = hidden.to("cpu", copy=True)
+        advance(group.tokens)
+    return features
+
+
+def continue_prompt(model: nn.Module, group: PromptGroup) -> tuple[Any, Any]:
+    """Run a transformers model over a prompt and then, from its key-value cache, over all solutions at once.
 
     Returns:
         The model's output for the prompt [1, P, ...] and for the solutions [N, T, ...], padded on the right.
     """
     device = next(model.parameters()).device
+    prompt_ids, solutions = group
     rows = [torch.tensor(solution.output_ids) for solution in solutions]
     output_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
     lengths = torch.tensor([len(row) + len(prompt_ids) for row in rows], device=device)

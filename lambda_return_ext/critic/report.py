@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from rich.table import Table
 from lambda_return_ext.critic import checkpoint
 
 SECONDS_BETWEEN_LINES = 10.0
+LINE_WIDTH = 120
 Advance = Callable[..., None]
 
 
@@ -23,23 +25,26 @@ class Display:
     """Progress on a terminal as bars, elsewhere as plain lines, a few for each phase."""
 
     def __init__(self) -> None:
-        self.console = Console(highlight=False, soft_wrap=True)
+        # Where there is no terminal to ask, rich would fold the table into 80 columns.
+        self.console = Console(highlight=False, width=None if sys.stdout.isatty() else LINE_WIDTH)
 
     def line(self, text: str) -> None:
         """Print one line, above any bar."""
-        self.console.print(text, markup=False)
+        self.console.print(text, markup=False, soft_wrap=True)
 
     @contextmanager
-    def phase(self, title: str, total: int, done: int = 0) -> Iterator[Advance]:
+    def phase(self, title: str, unit: str, total: int, done: int = 0) -> Iterator[Advance]:
         """Show the progress of `total` units; yields `advance(units, status="")`."""
         if self.console.is_terminal:
-            columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-            with Progress(*columns, TextColumn("{task.fields[status]}"), console=self.console) as progress:
+            columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit)
+            more = TimeRemainingColumn(), TextColumn("{task.fields[status]}")
+            with Progress(*columns, *more, console=self.console) as progress:
                 task = progress.add_task(title, total=total, completed=done, status="")
                 yield lambda units, status="": progress.update(task, advance=units, status=status)
             return
 
         started = said = time.monotonic()
+        before = done
 
         def advance(units: int, status: str = "") -> None:
             nonlocal done, said
@@ -47,7 +52,9 @@ class Display:
             now = time.monotonic()
             if done >= total or now - said >= SECONDS_BETWEEN_LINES:
                 said = now
-                self.line(f"{title} {done}/{total} {now - started:.0f} s {status}".rstrip())
+                seconds = max(now - started, 1e-9)
+                rate = (done - before) / seconds
+                self.line(f"{title}: {done}/{total} {unit}, {seconds:.0f} s, {rate:.0f} {unit}/s {status}".rstrip())
 
         yield advance
 
@@ -76,8 +83,10 @@ class MetricLog:
         for name, value in metrics.items():
             self._tensorboard.add_scalar(name, value, step)
 
-    def close(self) -> None:
-        """Close both files."""
+    def __enter__(self) -> MetricLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
         self._file.close()
         self._tensorboard.close()
 
@@ -103,7 +112,8 @@ ROWS = {
 
 def print_results(display: Display, results: Mapping[str, Any]) -> None:
     """Print the final table: each checkpoint on validation and on training pairs, then the baselines."""
-    table = Table(title=results["title"], title_justify="left")
+    display.line(results["title"])
+    table = Table()
     table.add_column("")
     for name, measured in results["checkpoints"].items():
         for part in ("validation", "train pairs"):

@@ -22,7 +22,7 @@ from lambda_return_ext.critic.data import Collator, PairData, TokenPair, epoch_b
 from lambda_return_ext.critic.errors import UserError
 from lambda_return_ext.critic.losses import value_loss
 from lambda_return_ext.critic.metrics import evaluate_pairs, length_baseline, likelihood_baseline
-from lambda_return_ext.critic.model import Backbone, ValueModel, compute_features
+from lambda_return_ext.critic.model import Backbone, ValueModel, compute_features, group_by_prompt
 from lambda_return_ext.critic.report import Display, MetricLog, plot_curves, print_results, read_metrics
 
 
@@ -104,10 +104,9 @@ def build_collator(task: Task, pairs: list[TokenPair], display: Display) -> Coll
     """The collator of a run; where features are cached, computes those of `pairs` once."""
     if not task.config.model.cache_features:
         return Collator(task.pad_id)
-    solutions = {side: None for pair in pairs for side in (pair.right, pair.wrong)}
-    with display.phase("features", len(solutions)) as advance:
-        features = compute_features(task.model.backbone, solutions, advance)
-    return Collator(task.pad_id, features)
+    groups = group_by_prompt(pairs)
+    with display.phase("features", "tokens", sum(group.tokens for group in groups)) as advance:
+        return Collator(task.pad_id, compute_features(task.model.backbone, groups, advance))
 
 
 def train(config: Config, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
@@ -131,21 +130,23 @@ def train(config: Config, resume: bool = False, overwrite: bool = False) -> dict
 
     optimizer = torch.optim.AdamW(parameter_groups(model, training.weight_decay), lr=training.learning_rate)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(training, task.steps))
-    progress: dict[str, Any] = {"step": 0, "best_accuracy": -1.0, "seconds": 0.0}
+    progress: dict[str, Any] = {"step": 0, "best": [-1.0, 0.0], "seconds": 0.0}
     if (run_dir / checkpoint.LAST).exists():
         progress = checkpoint.load_last(run_dir / checkpoint.LAST, model, optimizer, scheduler)
         display.line(f"resumed after step {progress['step']}")
     forward_loss = build_forward_loss(model, training)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    lengths = [max(collate.length(pair.right), collate.length(pair.wrong)) for pair in data.train]
+    lengths = [pair.length for pair in data.train]
     steps_per_epoch = math.ceil(len(data.train) / training.batch_size)
     warmup_steps = training.value_loss.warmup_steps
     gamma, lam = training.value_loss.gamma_lam
-    log = MetricLog(run_dir, progress["step"])
     started = time.monotonic() - progress["seconds"]
     epoch_order: list[list[int]] = []
 
-    with display.phase("training", task.steps, done=progress["step"]) as advance:
+    with (
+        MetricLog(run_dir, progress["step"]) as log,
+        display.phase("training", "steps", task.steps, done=progress["step"]) as advance,
+    ):
         for step in range(progress["step"] + 1, task.steps + 1):
             epoch, position = divmod(step - 1, steps_per_epoch)
             if position == 0 or not epoch_order:
@@ -184,14 +185,14 @@ def train(config: Config, resume: bool = False, overwrite: bool = False) -> dict
                 measured = measure(task, collate)
                 log.write(step, measured)
                 display.line(f"step {step}: {describe(measured)}")
-                if measured["validation/pairwise_accuracy"] > progress["best_accuracy"]:
-                    progress["best_accuracy"] = measured["validation/pairwise_accuracy"]
+                rank = [measured["validation/pairwise_accuracy"], measured["validation/margin"]]
+                if rank > progress["best"]:
+                    progress["best"] = rank
                     state = {"step": step, "metrics": measured}
                     checkpoint.save_tensors(run_dir / checkpoint.BEST, model.saved_tensors(), state)
             if checked or step % training.save_every == 0:
                 progress |= {"step": step, "seconds": time.monotonic() - started}
                 checkpoint.save_last(run_dir / checkpoint.LAST, model, optimizer, scheduler, progress)
-    log.close()
 
     _, best = checkpoint.load_tensors(run_dir / checkpoint.BEST)
     records = [record for record in read_metrics(run_dir) if "validation/pairwise_accuracy" in record]
@@ -230,7 +231,11 @@ def build_forward_loss(model: ValueModel, config: TrainingConfig) -> Callable[..
         values = model(inputs, attention_mask)
         return value_loss(config.value_loss, values, attention_mask, loss_mask, terminal_rewards)
 
-    return torch.compile(forward_loss, fullgraph=True, dynamic=True) if config.compile else forward_loss
+    if not config.compile:
+        return forward_loss
+    # Else two dimensions that happen to be equal in the first batch would be compiled as one.
+    torch.fx.experimental._config.use_duck_shape = False
+    return torch.compile(forward_loss, fullgraph=True, dynamic=True)
 
 
 def parameter_groups(model: ValueModel, weight_decay: float) -> list[dict[str, Any]]:
@@ -278,12 +283,12 @@ def finish(task: Task, run_dir: Path, checkpoints: dict[str, Any], display: Disp
     summary = task.summary()
     baselines = {}
     if task.config.evaluation.baselines:
-        name, baselines_length = length_baseline(task.data.train, task.data.validation)
-        baselines[name] = baselines_length
+        name, accuracy = length_baseline(task.data.train, task.data.validation)
+        groups = group_by_prompt(task.data.validation)
         language_model = task.backbone.language_model().eval().to(task.device)
-        solutions = {side for pair in task.data.validation for side in (pair.right, pair.wrong)}
-        with display.phase("likelihood baseline", len(solutions)) as advance:
-            baselines["likelihood"] = likelihood_baseline(language_model, task.data.validation, advance)
+        with display.phase("likelihood baseline", "tokens", sum(group.tokens for group in groups)) as advance:
+            likelihood = likelihood_baseline(language_model, task.data.validation, groups, advance)
+        baselines = {name: accuracy, "likelihood": likelihood}
     title = (
         f"{run_dir}: {summary['validation_pairs']} pairs of {summary['validation_problems']} problems "
         f"never trained on, seed {task.config.seed}"

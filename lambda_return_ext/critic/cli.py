@@ -1,0 +1,78 @@
+"""The `lambda-critic` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from lambda_return_ext.critic import codeio
+from lambda_return_ext.critic.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return 0, 1 when a run fails, or 2 when the user has something to put right."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except UserError as error:
+        print(f"lambda-critic: error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        print(
+            f"lambda-critic: error: the trainer needs the Python package {error.name!r}: "
+            "pip install 'lambda-return-ext[critic]'",
+            file=sys.stderr,
+        )
+        return 2
+    except FloatingPointError as error:
+        print(f"lambda-critic: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("lambda-critic: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lambda-critic", description="Train and evaluate token-level value models.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train a critic on pairs of right and wrong solutions")
+    train.add_argument("--config", required=True, metavar="FILE", help="YAML file, see docs/critic.md")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="override of a config key, dotted")
+    existing = train.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="go on with the run in run_dir")
+    existing.add_argument("--overwrite", action="store_true", help="remove the run in run_dir and start again")
+    train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser("evaluate", help="evaluate the best checkpoint of a run on its validation problems")
+    evaluate.add_argument("run_dir", metavar="RUN", help="folder of the run")
+    evaluate.set_defaults(run=_evaluate)
+
+    make_data = commands.add_parser("make-data", help="build a data file")
+    sources = make_data.add_subparsers(title="sources", required=True, metavar="SOURCE")
+    source = sources.add_parser("codeio", help="right and wrong programs, labelled by running them")
+    codeio.add_arguments(source)
+    source.set_defaults(run=codeio.run)
+    return parser
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    # Imported here: the trainer's packages take seconds, which --help need not wait for.
+    from lambda_return_ext.critic.config import load_config
+    from lambda_return_ext.critic.trainer import train
+
+    config = load_config(arguments.config, arguments.overrides)
+    train(config, resume=arguments.resume, overwrite=arguments.overwrite)
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from lambda_return_ext.critic.trainer import evaluate
+
+    evaluate(arguments.run_dir)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

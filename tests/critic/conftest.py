@@ -1,0 +1,83 @@
+"""A tiny backbone and made-up pairs, so that the whole trainer runs in seconds."""
+
+import json
+import random
+
+import pytest
+import torch
+import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+WORDS = [f"w{i}" for i in range(40)]
+VOCABULARY = {word: i for i, word in enumerate(["<pad>", "<end>", "<unk>", "fine", "broken", *WORDS])}
+
+
+@pytest.fixture(scope="session")
+def tiny_backbone(tmp_path_factory):
+    """A two-layer Llama with random weights and a tokenizer of words, in a folder."""
+    folder = tmp_path_factory.mktemp("backbone")
+    words = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<pad>", unk_token="<unk>")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=len(VOCABULARY), max_position_embeddings=128, num_key_value_heads=1, **sizes)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def make_records(problems=24, pairs=3, seed=0):
+    """Pairs whose wrong solution has the word "broken" where the right one has "fine"."""
+    rng = random.Random(seed)
+
+    def words(low, high):
+        return rng.choices(WORDS, k=rng.randint(low, high))
+
+    records = []
+    for problem in range(problems):
+        prompt = " ".join(words(3, 6))
+        for _ in range(pairs):
+            start, end = words(2, 5), words(2, 8)
+            sides = {
+                side: " ".join([*start, word, *end]) for side, word in (("chosen", "fine"), ("rejected", "broken"))
+            }
+            records.append({"problem_id": f"p{problem}", "prompt": prompt, **sides, "made_by": "test"})
+    return records
+
+
+@pytest.fixture
+def write_pairs(tmp_path):
+    """Write records, or lines as they are, to a JSONL file and return its path."""
+
+    def write(records, name="pairs.jsonl"):
+        path = tmp_path / name
+        lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
+        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def config_file(tmp_path, tiny_backbone, write_pairs):
+    """A configuration file of a run that takes about a second."""
+    path = tmp_path / "config.yaml"
+    content = {
+        "run_dir": str(tmp_path / "run"),
+        "device": "cpu",
+        "threads": 1,
+        "data": {"path": str(write_pairs(make_records())), "max_length": 64, "validation_problems": 6},
+        "model": {"backbone": str(tiny_backbone), "head": {"hidden_size": 16}},
+        "training": {
+            "epochs": 2,
+            "batch_size": 6,
+            "learning_rate": 0.01,
+            "save_every": 4,
+            "value_loss": {"use_lambda_return": True, "lambda_return": {"warmup_steps": 3}},
+        },
+        "evaluation": {"every": 5, "batch_size": 8, "train_pairs": 10, "baselines": False},
+    }
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return path

@@ -1,0 +1,205 @@
+"""Data: reading and its errors, the split by problem, batches."""
+
+import random
+
+import pytest
+import torch
+from conftest import make_records
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lambda_return_ext.critic.config import DataConfig
+from lambda_return_ext.critic.data import (
+    Collator,
+    Solution,
+    TokenPair,
+    epoch_batches,
+    group_by_problem,
+    read_pairs,
+    select_pairs,
+)
+from lambda_return_ext.critic.errors import UserError
+from lambda_return_ext.critic.model import Backbone
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_backbone):
+    return Backbone(str(tiny_backbone)).tokenizer()
+
+
+def select(path, tokenizer, **settings):
+    config = DataConfig(path=str(path), **{"max_length": 64, "validation_problems": 6, **settings})
+    return select_pairs(read_pairs(path)[0], tokenizer, config)
+
+
+def problems(pairs):
+    return {pair.problem for pair in pairs}
+
+
+# ---- reading -----------------------------------------------------------------------------------------------------
+
+GOOD = {"problem_id": "p", "prompt": "w1", "chosen": "fine", "rejected": "broken"}
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ('{"problem_id": "p"', "a line must be one JSON object"),
+        ("[1, 2]", "a line must be one JSON object, got list"),
+        ({**GOOD, "chosen": "  \n"}, "'chosen' must not be empty"),
+        ({**GOOD, "rejected": ""}, "'rejected' must not be empty"),
+        ({**GOOD, "prompt": ""}, "'prompt' must not be empty"),
+        ({**GOOD, "problem_id": 3}, "'problem_id' must be a string, got int"),
+        ({"problem_id": "p", "prompt": "w1", "chosen": "fine"}, "the key 'rejected' must be there"),
+    ],
+)
+def test_a_bad_line_is_named_by_file_and_line(write_pairs, second, message):
+    path = write_pairs([GOOD, second])
+    with pytest.raises(UserError, match=rf"pairs\.jsonl:2: .*{message}"):
+        read_pairs(path)
+
+
+def test_a_line_that_is_no_utf8(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(b'{"problem_id": "\xff"}\n')
+    with pytest.raises(UserError, match=r"pairs\.jsonl:1: "):
+        read_pairs(path)
+
+
+def test_missing_and_empty_file(tmp_path, write_pairs):
+    with pytest.raises(UserError, match=r"data.path must be a readable JSONL file, got .*No such file"):
+        read_pairs(tmp_path / "none.jsonl")
+    with pytest.raises(UserError, match="must hold at least one pair"):
+        read_pairs(write_pairs([""]))
+
+
+def test_a_prompt_as_long_as_max_length_is_an_error_with_its_line(write_pairs, tokenizer):
+    long = {**GOOD, "prompt": "w1 " * 10}
+    with pytest.raises(
+        UserError, match=r"pairs\.jsonl:2: the prompt must be shorter than data.max_length = 10 .*got 10"
+    ):
+        select(write_pairs([GOOD, long]), tokenizer, max_length=10)
+
+
+def test_pairs_with_a_long_solution_are_dropped_and_counted(write_pairs, tokenizer):
+    records = make_records(problems=8)
+    long = {**GOOD, "problem_id": "long", "rejected": "w1 " * 63}  # 1 + 63 + the end token = 65
+    data = select(write_pairs([*records, long]), tokenizer)
+    assert data.dropped == 1
+    assert "long" not in problems(data.train + data.validation)
+    fits = {**long, "rejected": "w1 " * 62}
+    assert select(write_pairs([*records, fits]), tokenizer).dropped == 0
+
+
+def test_solutions_end_with_the_end_token_and_prompts_do_not(write_pairs, tokenizer):
+    data = select(write_pairs(make_records()), tokenizer)
+    for pair in data.train:
+        assert pair.right.prompt_ids == pair.wrong.prompt_ids
+        assert pair.right.output_ids[-1] == pair.wrong.output_ids[-1] == tokenizer.eos_token_id
+        assert tokenizer.eos_token_id not in pair.right.prompt_ids
+
+
+# ---- the split ---------------------------------------------------------------------------------------------------
+
+
+def test_no_problem_is_on_both_sides(write_pairs, tokenizer):
+    for seed in range(20):
+        data = select(write_pairs(make_records()), tokenizer, split_seed=seed)
+        assert len(problems(data.validation)) == 6
+        assert len(problems(data.train)) == 18
+        assert not problems(data.train) & problems(data.validation)
+
+
+def test_one_text_under_two_ids_is_one_problem(write_pairs, tokenizer):
+    records = make_records()
+    twins = [{**record, "problem_id": f"twin of {record['problem_id']}"} for record in records]
+    for seed in range(20):
+        data = select(write_pairs(records + twins), tokenizer, split_seed=seed)
+        prompts = [{pair.right.prompt_ids for pair in part} for part in (data.train, data.validation)]
+        assert not prompts[0] & prompts[1]
+        assert len(prompts[1]) == 6
+
+
+def test_problems_joined_through_a_third_are_one():
+    def pair(problem, prompt):
+        return TokenPair(problem, Solution((prompt,), (1,)), Solution((prompt,), (2,)))
+
+    groups = group_by_problem([pair("a", 1), pair("b", 2), pair("c", 3), pair("b", 1), pair("c", 2), pair("d", 4)])
+    assert sorted(len(group) for group in groups.values()) == [1, 5]
+
+
+def test_the_split_depends_on_the_seed_and_not_on_the_order_of_lines(write_pairs, tokenizer):
+    records = make_records()
+    first = select(write_pairs(records), tokenizer)
+    shuffled = random.Random(1).sample(records, len(records))
+    again = select(write_pairs(shuffled), tokenizer)
+    other = select(write_pairs(records), tokenizer, split_seed=1)
+    assert problems(first.validation) == problems(again.validation)
+    assert set(first.train) == set(again.train)
+    assert problems(first.validation) != problems(other.validation)
+
+
+def test_numbers_of_problems_and_pairs(write_pairs, tokenizer):
+    data = select(write_pairs(make_records()), tokenizer, train_problems=5, pairs_per_problem=2)
+    assert len(problems(data.train)) == 5
+    assert len(data.train) == 10
+    assert len(data.validation) == 12
+
+
+def test_too_few_problems(write_pairs, tokenizer):
+    with pytest.raises(UserError, match=r"data.validation_problems \+ data.train_problems must be .*got 25 for 24"):
+        select(write_pairs(make_records()), tokenizer, train_problems=19)
+    with pytest.raises(UserError, match="got 25 for 24 problems"):
+        select(write_pairs(make_records()), tokenizer, validation_problems=24)
+
+
+# ---- batches -----------------------------------------------------------------------------------------------------
+
+PAIRS = [
+    TokenPair("a", Solution((5, 6), (7, 1)), Solution((5, 6), (8, 9, 1))),
+    TokenPair("b", Solution((5,), (7, 7, 7, 1)), Solution((5,), (1,))),
+]
+
+
+def test_a_batch_masks_prompt_and_padding():
+    batch = Collator(pad_id=0)(PAIRS)
+    assert batch.inputs.tolist() == [[5, 6, 7, 1, 0], [5, 7, 7, 7, 1], [5, 6, 8, 9, 1], [5, 1, 0, 0, 0]]
+    assert batch.loss_mask.int().tolist() == [[0, 0, 1, 1, 0], [0, 1, 1, 1, 1], [0, 0, 1, 1, 1], [0, 1, 0, 0, 0]]
+    assert batch.attention_mask.int().tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
+    assert batch.terminal_rewards.tolist() == [1, 1, 0, 0]
+    assert batch.loss_mask.dtype == batch.attention_mask.dtype == torch.bool
+    assert batch.tokens == 16
+
+
+def test_a_batch_of_features_holds_the_output_tokens_only():
+    features = {side: torch.randn(len(side.output_ids), 3) for pair in PAIRS for side in (pair.right, pair.wrong)}
+    batch = Collator(0, features)(PAIRS)
+    assert batch.inputs.shape == (4, 4, 3)
+    assert torch.equal(batch.loss_mask, batch.attention_mask)
+    assert batch.loss_mask.sum(1).tolist() == [2, 4, 3, 1]
+    assert torch.equal(batch.inputs[2, :3], features[PAIRS[0].wrong])
+    assert not batch.inputs[3, 1:].any()
+
+
+@settings(deadline=None, derandomize=True, database=None, max_examples=50)
+@given(
+    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=400),
+    batch_size=st.integers(1, 9),
+    seed=st.integers(0, 5),
+    epoch=st.integers(0, 5),
+)
+def test_an_epoch_has_every_index_once(lengths, batch_size, seed, epoch):
+    batches = epoch_batches(lengths, batch_size, seed, epoch)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+    assert len(batches) == -(-len(lengths) // batch_size)
+    assert max(map(len, batches)) <= batch_size
+
+
+def test_epochs_differ_and_repeat_by_seed_and_keep_lengths_together():
+    rng = random.Random(0)
+    lengths = [rng.randint(1, 1000) for _ in range(320)]
+    orders = [epoch_batches(lengths, 10, seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
+    assert all(orders[0] != other for other in orders[1:])
+    assert orders[0] == epoch_batches(lengths, 10, 0, 0)
+    padded = sum(max(lengths[i] for i in batch) * len(batch) for batch in orders[0])
+    assert padded < 1.2 * sum(lengths)
