@@ -1,4 +1,3 @@
-# ruff: noqa: N803, N806  (B and T are the names of the two dimensions everywhere)
 """Inputs, layouts and accuracy rules shared by the operator tests."""
 
 from typing import NamedTuple
@@ -14,6 +13,13 @@ ROUNDED_DTYPES = (torch.float32, *HALF_DTYPES)  # those that a float64 reference
 SIGNED_DTYPES = (torch.int8, torch.int16, torch.int32, torch.int64)
 UNSIGNED_DTYPES = (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 MASK_DTYPES = (torch.bool, *SIGNED_DTYPES, *UNSIGNED_DTYPES, *VALUE_DTYPES)
+# Each value dtype once, each way that a mask is read once: torch.library.opcheck takes long.
+OPCHECK_DTYPES = (
+    (torch.float64, torch.bool),
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.int64),
+    (torch.float16, torch.uint8),
+)
 # (gamma, lam): the corners, where terms vanish, and the usual settings.
 DISCOUNTS = ((1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.99, 1.0), (1.0, 0.0), (0.0, 0.95))
 
@@ -178,12 +184,11 @@ def plain_lambda_return(
     """Lambda-returns of finite values as one writes them in plain torch: column by column, halves in float32."""
     acc = accumulate_dtype(values.dtype)
     valid = mask != 0
-    inputs, carry = torch.where(valid, values, 0.0).to(acc), rewards.to(acc)
-    columns = []
-    for t in reversed(range(values.shape[1])):
-        columns.append(torch.where(valid[:, t], carry, 0.0))
-        carry = torch.where(valid[:, t], gamma * (1.0 - lam) * inputs[:, t] + gamma * lam * carry, carry)
-    return torch.stack(columns[::-1], dim=1).to(dtype or values.dtype)
+    weighted = gamma * (1.0 - lam) * torch.where(valid, values, 0.0).to(acc)
+    carries = [rewards.to(acc)]
+    for column, valid_column in zip(weighted.unbind(1)[:0:-1], valid.unbind(1)[:0:-1], strict=True):
+        carries.append(torch.where(valid_column, column + gamma * lam * carries[-1], carries[-1]))
+    return torch.where(valid, torch.stack(carries[::-1], dim=1), 0.0).to(dtype or values.dtype)
 
 
 def plain_masked_mse(values: Tensor, targets: Tensor, mask: Tensor) -> Tensor:

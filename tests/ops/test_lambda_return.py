@@ -9,6 +9,7 @@ from ops_testing import (
     LAYOUTS,
     MASK_DTYPES,
     MASK_KINDS,
+    OPCHECK_DTYPES,
     PROPERTY,
     ROUNDED_DTYPES,
     VALUE_DTYPES,
@@ -398,8 +399,7 @@ def test_detached_inputs_record_nothing():
         assert not compute_lambda_return(leaf(values), rewards, mask).requires_grad
 
 
-@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.float32], ids=str)
-@pytest.mark.parametrize("dtype", VALUE_DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "mask_dtype"), OPCHECK_DTYPES, ids=str)
 def test_opcheck(dtype, mask_dtype):
     values, rewards, _, mask = make_batch(B=3, T=5, dtype=dtype)
     mask = mask.to(mask_dtype)

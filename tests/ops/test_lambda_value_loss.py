@@ -9,6 +9,7 @@ from ops_testing import (
     LAYOUTS,
     MASK_DTYPES,
     MASK_KINDS,
+    OPCHECK_DTYPES,
     PROPERTY,
     ROUNDED_DTYPES,
     VALUE_DTYPES,
@@ -441,8 +442,7 @@ def test_gradcheck_at_lambda_one(kind, gamma):
     assert gradcheck(lambda values: compute_lambda_value_loss(values, *rest, gamma, 1.0), leaf(values))
 
 
-@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.float32], ids=str)
-@pytest.mark.parametrize("dtype", VALUE_DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "mask_dtype"), OPCHECK_DTYPES, ids=str)
 def test_opcheck(dtype, mask_dtype):
     values, rewards, *masks = make_batch(B=3, T=5, dtype=dtype)
     masks = [mask.to(mask_dtype) for mask in masks]

@@ -26,7 +26,7 @@ KEYS = {"pairwise_accuracy", "mean_pos", "mean_neg", "margin", "correct_pairs", 
 NO_PAIRS = dict.fromkeys(KEYS, 0)
 
 
-def make_pairs(B=6, dtype=torch.float64):  # noqa: N803
+def make_pairs(B=6, dtype=torch.float64):
     """v_pos [B, 13], v_neg [B, 8], loss_mask_pos, loss_mask_neg; the third pair has no right side."""
     pos, neg = make_batch("gaps", B, 13, dtype, seed=1), make_batch("gaps", B, 8, dtype, seed=4)
     mask_pos = pos.loss_mask.clone()
@@ -78,7 +78,7 @@ def test_matches_a_loop_over_pairs():
 @PROPERTY
 @given(pos=batches(), neg=batches())
 def test_any_pairs_match_a_loop(pos, neg):
-    B = min(len(pos.values), len(neg.values))  # noqa: N806
+    B = min(len(pos.values), len(neg.values))
     pairs = pos.values[:B], neg.values[:B], pos.loss_mask[:B], neg.loss_mask[:B]
     assert pairwise_ranking_loss(*pairs).item() == pytest.approx(expected_loss(*pairs), rel=1e-5, abs=1e-5)
     metrics, expected = compute_pairwise_accuracy(*pairs), expected_metrics(*pairs)
