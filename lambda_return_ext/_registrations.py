@@ -16,6 +16,13 @@ def _accumulate_dtype(values: Tensor) -> torch.dtype:
     return torch.float64 if values.dtype == torch.float64 else torch.float32
 
 
+def _check_devices(first: Tensor, *others: Tensor) -> None:
+    """Refuse mixed devices: a meta tensor among others would otherwise get an output that nobody writes."""
+    for other in others:
+        if other.device != first.device:
+            raise RuntimeError(f"Expected all tensors to be on the same device, got {first.device} and {other.device}")
+
+
 def _fake_loss(values: Tensor) -> tuple[Tensor, Tensor]:
     return values.new_empty((), dtype=_accumulate_dtype(values)), values.new_empty((), dtype=torch.int64)
 
@@ -25,11 +32,13 @@ def _fake_loss(values: Tensor) -> tuple[Tensor, Tensor]:
 
 @register_fake("lambda_return::lambda_return")
 def _(values: Tensor, terminal_rewards: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95) -> Tensor:
+    _check_devices(values, terminal_rewards, mask)
     return values.new_empty(values.shape)
 
 
 @register_fake("lambda_return::lambda_return_backward")
 def _(grad_returns: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95) -> tuple[Tensor, Tensor]:
+    _check_devices(grad_returns, mask)
     grad_rewards = grad_returns.new_empty(grad_returns.shape[0], dtype=_accumulate_dtype(grad_returns))
     return grad_returns.new_empty(grad_returns.shape), grad_rewards
 
@@ -77,6 +86,7 @@ def _(
     gamma: float = 1.0,
     lam: float = 0.95,
 ) -> tuple[Tensor, Tensor]:
+    _check_devices(values, terminal_rewards, attention_mask, loss_mask)
     return _fake_loss(values)
 
 
@@ -91,6 +101,7 @@ def _(
     gamma: float = 1.0,
     lam: float = 0.95,
 ) -> Tensor:
+    _check_devices(values, grad_loss, num_tokens, terminal_rewards, attention_mask, loss_mask)
     return values.new_empty(values.shape)
 
 
@@ -114,11 +125,13 @@ register_autograd(
 
 @register_fake("lambda_return::masked_mse")
 def _(values: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    _check_devices(values, targets, mask)
     return _fake_loss(values)
 
 
 @register_fake("lambda_return::masked_mse_backward")
 def _(grad_loss: Tensor, num_tokens: Tensor, values: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+    _check_devices(values, grad_loss, num_tokens, targets, mask)
     return values.new_empty(values.shape)
 
 

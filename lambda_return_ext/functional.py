@@ -144,7 +144,7 @@ def compute_lambda_value_loss(
         value_logits: V, [B, T] or [B, T, 1]; float32, bfloat16, float16 or float64.
         terminal_rewards: R, [B], any real dtype.
         attention_mask: [B, T], any real dtype, nonzero = valid; weights the error only.
-        loss_mask: [B, T], any real dtype, nonzero = output token. One tensor given as both masks is read once.
+        loss_mask: [B, T], any real dtype, nonzero = output token. One byte mask given as both is read once.
         gamma: discount per valid token, in [0, 1].
         lam: lambda, in [0, 1].
 
@@ -223,18 +223,20 @@ def create_eos_only_mask(loss_mask: Tensor) -> Tensor:
     """Mask of the last output token of each sequence, for the warm-up that trains on the outcome alone.
 
     Args:
-        loss_mask: [B, T], any real dtype, nonzero = output token.
+        loss_mask: [B, T], bool, any integer, float16, bfloat16, float32 or float64; nonzero = output token.
 
     Returns:
         [B, T], float32: 1 at the last nonzero position of each row, 0 elsewhere; rows without one stay 0.
 
     Raises:
-        TypeError: ``loss_mask`` is no tensor or complex.
+        TypeError: ``loss_mask`` is no tensor or has an unsupported dtype.
         ValueError: ``loss_mask`` is not two-dimensional.
     """
     _check_tensor("loss_mask", loss_mask)
     if loss_mask.is_complex():
         raise TypeError(f"loss_mask must have a real dtype, got {loss_mask.dtype}")
+    if loss_mask.is_floating_point() and loss_mask.dtype not in _VALUE_DTYPES:
+        raise TypeError(f"loss_mask must be float32, bfloat16, float16 or float64 if floating, got {loss_mask.dtype}")
     if loss_mask.dim() != 2:
         raise ValueError(f"loss_mask must have shape [B, T], got {list(loss_mask.shape)}")
     return _ops.eos_mask(loss_mask.detach()).to(torch.float32)
@@ -261,6 +263,8 @@ def _pair_means(
     mean_neg, count_neg = _mean_value("v_neg", v_neg, "loss_mask_neg", loss_mask_neg)
     if mean_pos.shape != mean_neg.shape:
         raise ValueError(f"v_neg must have as many rows as v_pos, {mean_pos.shape[0]}, got {mean_neg.shape[0]}")
+    if mean_pos.device != mean_neg.device:
+        raise ValueError(f"v_neg must be on the device of v_pos, {mean_pos.device}, got {mean_neg.device}")
     return mean_pos, mean_neg, (count_pos > 0) & (count_neg > 0)
 
 

@@ -7,8 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-
-from .conftest import BUILD_TOOLS, REPOSITORY
+from environments import BUILD_TOOLS, REPOSITORY
 
 pytestmark = pytest.mark.packaging
 
