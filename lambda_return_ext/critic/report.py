@@ -120,7 +120,8 @@ def print_results(display: Display, results: Mapping[str, Any]) -> None:
             table.add_column(f"{name} (step {measured['step']})\n{part}", justify="right")
     metrics = [measured["metrics"] for measured in results["checkpoints"].values()]
     for title, key in ROWS.items():
-        cells = [f"{m[f'{part}/{key}']:.4f}" for m in metrics for part in ("validation", "train_subset")]
+        style = ".4f" if "accuracy" in key else ".4g"  # margins and variances can be tiny
+        cells = [f"{m[f'{part}/{key}']:{style}}" for m in metrics for part in ("validation", "train_subset")]
         table.add_row(title, *cells)
     table.add_row("gap (train - validation)", *(c for m in metrics for c in (f"{m['validation/gap']:.4f}", "")))
     if results["baselines"]:
@@ -131,7 +132,7 @@ def print_results(display: Display, results: Mapping[str, Any]) -> None:
 
 
 def plot_curves(run_dir: Path, results: Mapping[str, Any]) -> None:
-    """Draw loss, accuracy, values and token variance over the steps into `curves.png`."""
+    """Draw loss, accuracy, margin and token variance over the steps into `curves.png`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -141,7 +142,7 @@ def plot_curves(run_dir: Path, results: Mapping[str, Any]) -> None:
     steps = [record for record in records if "train/loss" in record]
     checks = [record for record in records if "validation/loss" in record]
     figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), sharex=True, layout="constrained")
-    (loss, accuracy), (value, variance) = axes
+    (loss, accuracy), (margin, variance) = axes
 
     def draw(axis: Any, source: list[dict[str, Any]], key: str, label: str, **style: Any) -> None:
         axis.plot([record["step"] for record in source], [record[key] for record in source], label=label, **style)
@@ -149,6 +150,7 @@ def plot_curves(run_dir: Path, results: Mapping[str, Any]) -> None:
     marked = {"marker": "o", "markersize": 4}
     draw(loss, steps, "train/loss", "training batch", color="C0", alpha=0.5, linewidth=1)
     draw(loss, checks, "validation/loss", "validation", color="C1", **marked)
+    loss.set_yscale("log")  # the last token alone, in the warm-up, has a far larger loss than all tokens
     loss.set_title("Loss")
 
     draw(accuracy, checks, "train_subset/pairwise_accuracy", "training pairs", color="C0", **marked)
@@ -157,9 +159,10 @@ def plot_curves(run_dir: Path, results: Mapping[str, Any]) -> None:
         accuracy.axhline(score, color="0.45", linestyle=style, linewidth=1.2, label=f"baseline: {title}")
     accuracy.set_title("Pairwise accuracy")
 
-    draw(value, checks, "validation/mean_right", "right solutions", color="C2", **marked)
-    draw(value, checks, "validation/mean_wrong", "wrong solutions", color="C3", **marked)
-    value.set_title("Mean value on validation")
+    draw(margin, checks, "train_subset/margin", "training pairs", color="C0", **marked)
+    draw(margin, checks, "validation/margin", "validation", color="C1", **marked)
+    margin.axhline(0.0, color="0.45", linewidth=0.8)
+    margin.set_title("Margin: mean value of right minus wrong")
 
     draw(variance, checks, "validation/token_variance_right", "right solutions", color="C2", **marked)
     draw(variance, checks, "validation/token_variance_wrong", "wrong solutions", color="C3", **marked)
@@ -168,9 +171,10 @@ def plot_curves(run_dir: Path, results: Mapping[str, Any]) -> None:
     warmup = max((record["step"] for record in steps if record["train/warmup_active"]), default=0)
     best = results["checkpoints"]["best"]["step"]
     for axis in axes.flat:
+        name = "{}" if axis is loss else "_{}"  # matplotlib leaves names with an underscore out of the legend
         if warmup:
-            axis.axvspan(0, warmup, color="0.92", zorder=0, label="warm-up: last token only")
-        axis.axvline(best, color="0.7", linewidth=1, zorder=0, label="best checkpoint")
+            axis.axvspan(0, warmup, color="0.92", zorder=0, label=name.format("warm-up: last token only"))
+        axis.axvline(best, color="0.7", linewidth=1, zorder=0, label=name.format("best checkpoint"))
         axis.grid(alpha=0.25)
         axis.legend(fontsize=8, framealpha=0.9)
     for axis in axes[1]:

@@ -274,7 +274,7 @@ def describe(measured: dict[str, float]) -> str:
     return (
         f"validation pairwise accuracy {measured['validation/pairwise_accuracy']:.4f}, "
         f"train {measured['train_subset/pairwise_accuracy']:.4f}, gap {measured['validation/gap']:+.4f}, "
-        f"last token {measured['validation/last_token_accuracy']:.4f}, margin {measured['validation/margin']:+.4f}"
+        f"last token {measured['validation/last_token_accuracy']:.4f}, margin {measured['validation/margin']:+.2g}"
     )
 
 
