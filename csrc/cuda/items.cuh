@@ -82,7 +82,7 @@ __device__ __forceinline__ void store_items(T_* row, int64_t first, const Chunki
     uint4 packets[kPackets];
     memcpy(packets, items, sizeof(packets));
 #pragma unroll
-    for (int i = 0; i < kPackets; ++i) reinterpret_cast<uint4*>(row + first)[i] = packets[i];
+    for (int i = 0; i < kPackets; ++i) store_packet(reinterpret_cast<uint4*>(row + first) + i, packets[i]);
   } else {
 #pragma unroll
     for (int i = 0; i < N; ++i) {

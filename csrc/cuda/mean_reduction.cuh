@@ -45,6 +45,8 @@ struct MeanReduction {
     if (!is_last) return;
 
     SquaredError all;
+    // By its own choice nvcc unrolls 16 times, and this tail then takes more registers than the rest of the kernel.
+#pragma unroll 4
     for (int64_t i = threadIdx.x; i < gridDim.x; i += kBlockThreads) all.add(partials[i]);
     all = block_sum<kBlockThreads>(all, slots[1]);
     if (threadIdx.x == 0) {

@@ -62,6 +62,17 @@ __device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
+// One 16-byte store, where nvcc may split an assignment through the pointer into four of 4 bytes.
+__device__ __forceinline__ void store_packet(uint4* p, uint4 packet) {
+#if defined(__CUDACC__)
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(packet.x), "r"(packet.y), "r"(packet.z),
+               "r"(packet.w)
+               : "memory");
+#else
+  *p = packet;
+#endif
+}
+
 // Clears the head of a workspace on the stream: a memset node under graph capture.
 inline void clear_async(void* workspace, int64_t bytes, cudaStream_t stream) {
   if (planted(Bug::kFlagsNotCleared)) return;
