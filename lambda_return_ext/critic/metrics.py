@@ -87,10 +87,10 @@ def likelihood_baseline(
     scores: dict[Solution, float] = {}
     for group in groups:
         prompt, output = continue_prompt(language_model, group)
-        first = prompt.logits[:, -1:].expand(len(group.solutions), -1, -1)
-        logits = torch.cat([first, output.logits[:, :-1]], dim=1)
+        first = prompt.logits[0, -1:]
         for row, solution in enumerate(group.solutions):
-            targets = torch.tensor(solution.output_ids, device=logits.device)
-            scores[solution] = -nn.functional.cross_entropy(logits[row, : len(targets)].float(), targets).item()
+            targets = torch.tensor(solution.output_ids, device=first.device)
+            logits = torch.cat([first, output.logits[row, : len(targets) - 1]])
+            scores[solution] = -nn.functional.cross_entropy(logits.float(), targets).item()
         advance(group.tokens)
     return sum(scores[pair.right] > scores[pair.wrong] for pair in validation) / len(validation)
