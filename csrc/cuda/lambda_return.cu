@@ -21,8 +21,8 @@ Tensor lambda_return(
     const Tensor scratch = workspace(values, plan.workspace_bytes<acc_t>());
     launch_lambda_return<value_t>(
         in.B, in.T, device_rows<value_t>(in.values), static_cast<const acc_t*>(in.terminal_rewards.const_data_ptr()),
-        device_rows<uint8_t>(in.mask), gamma, lam, mutable_device_rows<value_t>(returns), scratch.mutable_data_ptr(),
-        device.stream());
+        device_rows<uint8_t>(in.mask), gamma, lam, mutable_device_rows<value_t>(returns), plan,
+        scratch.mutable_data_ptr(), device.stream());
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }), LAMBDA_RETURN_VALUE_TYPES);
   return returns;
@@ -47,7 +47,7 @@ std::tuple<Tensor, Tensor> lambda_return_backward(
     const Tensor scratch = workspace(grad_returns, plan.workspace_bytes<acc_t>());
     launch_lambda_return_backward<value_t>(
         in.B, in.T, device_rows<value_t>(in.grad_returns), device_rows<uint8_t>(in.mask), gamma, lam,
-        mutable_device_rows<value_t>(grad_values), static_cast<acc_t*>(grad_rewards.mutable_data_ptr()),
+        mutable_device_rows<value_t>(grad_values), static_cast<acc_t*>(grad_rewards.mutable_data_ptr()), plan,
         scratch.mutable_data_ptr(), device.stream());
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }), LAMBDA_RETURN_VALUE_TYPES);

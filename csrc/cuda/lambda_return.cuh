@@ -99,28 +99,31 @@ struct LambdaReturnBackwardOp : NoReduction {
   __device__ void finish_row(int64_t row, acc_t h) const { grad_terminal_rewards[row] = h; }
 };
 
-// B > 0 and T > 0. workspace: ScanPlan::of(B, T, kItems<scalar_t>).workspace_bytes<acc_t>() bytes, 16-byte aligned.
+// B > 0 and T > 0. plan: ScanPlan::of(B, T, kItems<scalar_t>), or any other that covers the rows.
+// workspace: plan.workspace_bytes<acc_t>() bytes, 16-byte aligned.
 template <class scalar_t>
 void launch_lambda_return(
     int64_t B, int64_t T, Rows<const scalar_t> values, const accumulate_t<scalar_t>* terminal_rewards,
-    Rows<const uint8_t> mask, double gamma, double lam, Rows<scalar_t> returns, void* workspace, cudaStream_t stream) {
+    Rows<const uint8_t> mask, double gamma, double lam, Rows<scalar_t> returns, const ScanPlan& plan, void* workspace,
+    cudaStream_t stream) {
   constexpr int N = kItems<scalar_t>;
   const bool vectorized = Alignment<N>(B).add(values).add(mask).add(returns).vectorized();
   const auto discount = Discount<accumulate_t<scalar_t>>::from(gamma, lam);
   const LambdaReturnOp<scalar_t> op{{}, B, {T, vectorized}, discount, values, mask, terminal_rewards, returns};
-  launch_scan(op, ScanPlan::of(B, T, N), workspace, stream);
+  launch_scan(op, plan, workspace, stream);
 }
 
 template <class scalar_t>
 void launch_lambda_return_backward(
     int64_t B, int64_t T, Rows<const scalar_t> grad_returns, Rows<const uint8_t> mask, double gamma, double lam,
-    Rows<scalar_t> grad_values, accumulate_t<scalar_t>* grad_terminal_rewards, void* workspace, cudaStream_t stream) {
+    Rows<scalar_t> grad_values, accumulate_t<scalar_t>* grad_terminal_rewards, const ScanPlan& plan, void* workspace,
+    cudaStream_t stream) {
   constexpr int N = kItems<scalar_t>;
   const bool vectorized = Alignment<N>(B).add(grad_returns).add(mask).add(grad_values).vectorized();
   const auto discount = Discount<accumulate_t<scalar_t>>::from(gamma, lam);
   const LambdaReturnBackwardOp<scalar_t> op{{},           B,    {T, vectorized}, discount,
                                             grad_returns, mask, grad_values,     grad_terminal_rewards};
-  launch_scan(op, ScanPlan::of(B, T, N), workspace, stream);
+  launch_scan(op, plan, workspace, stream);
 }
 
 }  // namespace lambda_return::cuda

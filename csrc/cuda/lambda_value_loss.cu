@@ -31,10 +31,11 @@ std::tuple<Tensor, Tensor> lambda_value_loss(
   THO_DISPATCH_V2(values.scalar_type(), "lambda_value_loss", AT_WRAP([&] {
     using value_t = device_t<scalar_t>;
     const auto inputs = device_inputs<value_t>(in, gamma, lam);
-    const Tensor scratch = workspace(values, lambda_value_loss_workspace_bytes<value_t>(inputs.plan()));
+    const ScanPlan plan = inputs.plan();
+    const Tensor scratch = workspace(values, lambda_value_loss_workspace_bytes<value_t>(plan));
     launch_lambda_value_loss<value_t>(
         inputs, static_cast<accumulate_t<value_t>*>(loss.mutable_data_ptr()), num_tokens.mutable_data_ptr<int64_t>(),
-        scratch.mutable_data_ptr(), device.stream());
+        plan, scratch.mutable_data_ptr(), device.stream());
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }), LAMBDA_RETURN_VALUE_TYPES);
   return {loss, num_tokens};
@@ -53,10 +54,11 @@ Tensor lambda_value_loss_backward(
   THO_DISPATCH_V2(values.scalar_type(), "lambda_value_loss_backward", AT_WRAP([&] {
     using value_t = device_t<scalar_t>;
     const auto inputs = device_inputs<value_t>(in, gamma, lam);
-    const Tensor scratch = workspace(values, inputs.plan().template workspace_bytes<accumulate_t<value_t>>());
+    const ScanPlan plan = inputs.plan();
+    const Tensor scratch = workspace(values, plan.workspace_bytes<accumulate_t<value_t>>());
     launch_lambda_value_loss_backward<value_t>(
         inputs, static_cast<const accumulate_t<value_t>*>(grad.grad_loss.const_data_ptr()),
-        grad.num_tokens.const_data_ptr<int64_t>(), mutable_device_rows<value_t>(grad_values),
+        grad.num_tokens.const_data_ptr<int64_t>(), mutable_device_rows<value_t>(grad_values), plan,
         scratch.mutable_data_ptr(), device.stream());
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }), LAMBDA_RETURN_VALUE_TYPES);

@@ -135,9 +135,8 @@ int64_t lambda_value_loss_workspace_bytes(const ScanPlan& plan) {
 
 template <class scalar_t>
 void launch_lambda_value_loss(
-    const ValueLossInputs<scalar_t>& in, accumulate_t<scalar_t>* loss, int64_t* num_tokens, void* workspace,
-    cudaStream_t stream) {
-  const ScanPlan plan = in.plan();
+    const ValueLossInputs<scalar_t>& in, accumulate_t<scalar_t>* loss, int64_t* num_tokens, const ScanPlan& plan,
+    void* workspace, cudaStream_t stream) {
   const int64_t scan_bytes = (plan.workspace_bytes<accumulate_t<scalar_t>>() + 15) / 16 * 16;
   auto* partials = reinterpret_cast<SquaredError*>(static_cast<char*>(workspace) + scan_bytes);
   const ValueLossOp<scalar_t> op{
@@ -148,10 +147,10 @@ void launch_lambda_value_loss(
 template <class scalar_t>
 void launch_lambda_value_loss_backward(
     const ValueLossInputs<scalar_t>& in, const accumulate_t<scalar_t>* grad_loss, const int64_t* num_tokens,
-    Rows<scalar_t> grad_values, void* workspace, cudaStream_t stream) {
+    Rows<scalar_t> grad_values, const ScanPlan& plan, void* workspace, cudaStream_t stream) {
   const bool vectorized = in.alignment().add(grad_values).vectorized();
   const ValueLossBackwardOp<scalar_t> op{in.scan(vectorized), {}, grad_loss, num_tokens, grad_values};
-  launch_scan(op, in.plan(), workspace, stream);
+  launch_scan(op, plan, workspace, stream);
 }
 
 }  // namespace lambda_return::cuda

@@ -24,10 +24,7 @@
 
 namespace lambda_return::cuda {
 
-// Faults that the tests plant on purpose, to see each of them caught by the emulator's builds. 0 in every real build.
-#ifndef LAMBDA_RETURN_PLANTED_BUG
-#define LAMBDA_RETURN_PLANTED_BUG 0
-#endif
+// Faults that a test plants on purpose, to see each of them caught by one of the emulator's builds.
 enum class Bug {
   kNone,
   kNoBarrierBeforeTotalsAreRead,
@@ -39,8 +36,14 @@ enum class Bug {
   kMaskIgnoredInVectorPath,
   kFlagsNotCleared,
   kLastBlockDoesNotAcquire,
+  kCount,
 };
-LAMBDA_RETURN_HOST_DEVICE constexpr bool planted(Bug bug) { return static_cast<int>(bug) == LAMBDA_RETURN_PLANTED_BUG; }
+#if defined(LAMBDA_RETURN_PLANT_BUGS)  // by that test alone: it picks the bug when it runs
+inline Bug planted_bug = Bug::kNone;
+inline bool planted(Bug bug) { return bug == planted_bug; }
+#else
+LAMBDA_RETURN_HOST_DEVICE constexpr bool planted(Bug) { return false; }
+#endif
 
 // ---- values and their accumulation type; spelled out because torch compiles CUDA code without the operators ----
 
@@ -92,7 +95,11 @@ __device__ __forceinline__ void store_release(unsigned* p, unsigned value) {
   asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
 #else
   cuda_emulator::maybe_yield();
-  __atomic_store_n(p, value, planted(Bug::kRelaxedFlag) ? __ATOMIC_RELAXED : __ATOMIC_RELEASE);
+  if (planted(Bug::kRelaxedFlag)) {
+    __atomic_store_n(p, value, __ATOMIC_RELAXED);
+  } else {
+    __atomic_store_n(p, value, __ATOMIC_RELEASE);
+  }
   cuda_emulator::maybe_yield();
 #endif
 }
@@ -115,7 +122,8 @@ __device__ __forceinline__ unsigned fetch_add_acq_rel(unsigned* p, unsigned valu
   return old;
 #else
   cuda_emulator::maybe_yield();
-  return __atomic_fetch_add(p, value, planted(Bug::kLastBlockDoesNotAcquire) ? __ATOMIC_RELAXED : __ATOMIC_ACQ_REL);
+  if (planted(Bug::kLastBlockDoesNotAcquire)) return __atomic_fetch_add(p, value, __ATOMIC_RELAXED);
+  return __atomic_fetch_add(p, value, __ATOMIC_ACQ_REL);
 #endif
 }
 

@@ -267,8 +267,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 constexpr int64_t kBlocksToFill = 512;
 // At most this many blocks for many rows: each loops over rows, and a loss leaves one partial sum a block.
 constexpr int64_t kMaxBlocks = 4096;
-// Ticket and flags fit in 64 KiB.
-constexpr int64_t kMaxSegments = 16383;
+// Done counter, ticket and flags fit in 64 KiB.
+constexpr int64_t kMaxSegments = 16382;
 
 struct ScanPlan {
   enum Kind { kWarpPerRow, kBlockPerRow, kLongRows } kind;
@@ -284,7 +284,8 @@ struct ScanPlan {
     const int64_t warp_tile = int64_t(kWarp) * items, block_tile = int64_t(kThreads) * items;
     if (T > 2 * block_tile && B < kBlocksToFill) {
       const int64_t tiles_of_row = (T + items - 1 + block_tile - 1) / block_tile;  // with a head of items - 1
-      const int64_t tiles = (tiles_of_row * B + kMaxSegments - 1) / kMaxSegments;
+      const int64_t max_segments = kMaxSegments / B;                               // of one row
+      const int64_t tiles = (tiles_of_row + max_segments - 1) / max_segments;
       const int64_t segments = (tiles_of_row + tiles - 1) / tiles;
       return {kLongRows, segments * B, segments, tiles};
     }
