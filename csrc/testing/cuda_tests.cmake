@@ -106,4 +106,17 @@ if(cuda_headers)
   add_emulator_executables(cuda_emulator_test ${testing}/cuda_emulator_test.cpp)
   add_emulator_tests(cuda_emulator cuda_emulator_test)
   add_emulator_tests(cuda_emulator_faults cuda_emulator_test --faults)
+
+  add_emulator_executables(cuda_kernel_test ${testing}/cuda_kernel_test.cpp)
+  add_emulator_tests(cuda_kernels cuda_kernel_test)
+
+  # The net is tested too; `cmake --build BUILD --target planted_bugs_page` writes the page that it is compared with.
+  add_emulator_executables(planted_bugs_test ${testing}/planted_bugs_test.cpp)
+  set(planted_bugs ${Python_EXECUTABLE} ${testing}/planted_bugs.py ${PROJECT_SOURCE_DIR}/docs/planted_bugs.md)
+  foreach(build ${EMULATOR_BUILDS})
+    list(APPEND planted_bugs ${build}=$<TARGET_FILE:planted_bugs_test_${build}>)
+  endforeach()
+  add_test(NAME planted_bugs COMMAND ${planted_bugs})
+  set_tests_properties(planted_bugs PROPERTIES TIMEOUT 600)
+  add_custom_target(planted_bugs_page COMMAND ${planted_bugs} --write VERBATIM)
 endif()
