@@ -5,30 +5,27 @@ from torch import Tensor, nn
 from . import functional
 
 
-class LambdaReturn(nn.Module):
-    """:func:`~lambda_return_ext.compute_lambda_return` with fixed ``gamma`` and ``lam``."""
-
+class _Discounted(nn.Module):
     def __init__(self, gamma: float = 1.0, lam: float = 0.95):
         super().__init__()
         self.gamma = functional.check_unit_interval("gamma", gamma)
         self.lam = functional.check_unit_interval("lam", lam)
-
-    def forward(self, values: Tensor, terminal_rewards: Tensor, loss_mask: Tensor) -> Tensor:
-        """Return the targets [B, T] of ``values`` [B, T]."""
-        return functional.compute_lambda_return(values, terminal_rewards, loss_mask, self.gamma, self.lam)
 
     def extra_repr(self) -> str:
         """Show gamma and lam."""
         return f"gamma={self.gamma}, lam={self.lam}"
 
 
-class LambdaValueLoss(nn.Module):
-    """:func:`~lambda_return_ext.compute_lambda_value_loss` with fixed ``gamma`` and ``lam``."""
+class LambdaReturn(_Discounted):
+    """:func:`~lambda_return_ext.compute_lambda_return` with fixed ``gamma`` and ``lam``."""
 
-    def __init__(self, gamma: float = 1.0, lam: float = 0.95):
-        super().__init__()
-        self.gamma = functional.check_unit_interval("gamma", gamma)
-        self.lam = functional.check_unit_interval("lam", lam)
+    def forward(self, values: Tensor, terminal_rewards: Tensor, loss_mask: Tensor) -> Tensor:
+        """Return the targets [B, T] of ``values`` [B, T]."""
+        return functional.compute_lambda_return(values, terminal_rewards, loss_mask, self.gamma, self.lam)
+
+
+class LambdaValueLoss(_Discounted):
+    """:func:`~lambda_return_ext.compute_lambda_value_loss` with fixed ``gamma`` and ``lam``."""
 
     def forward(
         self, value_logits: Tensor, terminal_rewards: Tensor, attention_mask: Tensor, loss_mask: Tensor
@@ -37,7 +34,3 @@ class LambdaValueLoss(nn.Module):
         return functional.compute_lambda_value_loss(
             value_logits, terminal_rewards, attention_mask, loss_mask, self.gamma, self.lam
         )
-
-    def extra_repr(self) -> str:
-        """Show gamma and lam."""
-        return f"gamma={self.gamma}, lam={self.lam}"

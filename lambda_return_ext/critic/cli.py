@@ -29,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"lambda-critic: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("lambda-critic: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        hint = "; --resume goes on from the last checkpoint" if arguments.run is _train else ""
+        print(f"lambda-critic: interrupted{hint}", file=sys.stderr)
         return 130
 
 
