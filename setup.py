@@ -69,7 +69,7 @@ from torch.utils import cpp_extension  # noqa: E402  (reads CUDA_HOME when it is
 # The globs are those of CMakeLists.txt.
 flags = {"cxx": ["-O3", "-g0", "-fvisibility=hidden"], "nvcc": ["-O3", "-DUSE_CUDA", "-Xcompiler=-fvisibility=hidden"]}
 options = {"extra_compile_args": flags, "py_limited_api": True}
-cpu = sorted(glob.glob("csrc/*.cpp") + glob.glob("csrc/cpu/*.cpp"))
+cpu = sorted(glob.glob("csrc/*.cpp") + glob.glob("csrc/cpu/**/*.cpp", recursive=True))
 extensions = [cpp_extension.CppExtension("lambda_return_ext._C", cpu, **options)]
 if architectures:
     name = f"lambda_return_ext._C_cuda{torch.version.cuda.split('.')[0]}"

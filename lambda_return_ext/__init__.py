@@ -21,7 +21,7 @@ if tuple(int(part) for part in _torch_version.split(".")[:2]) < (2, 10):
         "with `pip install --upgrade torch`."
     )
 try:
-    from . import _C  # type: ignore[attr-defined]  # noqa: F401  (loading it registers the operators)
+    from . import _C  # type: ignore[attr-defined]
 except ImportError as error:
     raise ImportError(
         f"lambda_return_ext {__version__} could not load its compiled operators ({error}): reinstall it next to the "
@@ -44,10 +44,31 @@ from .modules import LambdaReturn, LambdaValueLoss
 
 _cuda.load()
 
+
+def build_info() -> dict[str, str | bool]:
+    """What runs the operators here.
+
+    Returns:
+        ``version`` of this package, ``torch`` version, ``instruction_set`` of the CPU kernels (``avx512``, ``avx2`` or
+        ``portable``: the widest of the processor, or the one that the environment variable ``LAMBDA_RETURN_ISA`` names)
+        and whether there are ``cuda_kernels`` for this torch.
+
+    Raises:
+        RuntimeError: ``LAMBDA_RETURN_ISA`` names an instruction set that this processor does not have.
+    """
+    return {
+        "version": __version__,
+        "torch": str(_torch_version),
+        "instruction_set": _C.instruction_set(),
+        "cuda_kernels": _cuda.available,
+    }
+
+
 __all__ = [
     "LambdaReturn",
     "LambdaValueLoss",
     "__version__",
+    "build_info",
     "compute_lambda_return",
     "compute_lambda_value_loss",
     "compute_mc_value_loss",

@@ -1,6 +1,4 @@
-#include "parallel_rows.h"
-
-#include "../kernels/lambda_return.h"
+#include "scan_rows.h"
 
 namespace lambda_return::cpu {
 namespace {
@@ -13,12 +11,21 @@ Tensor lambda_return(
 
   THO_DISPATCH_V2(values.scalar_type(), "lambda_return", AT_WRAP([&] {
     using acc_t = accumulate_t<scalar_t>;
-    const auto v = const_rows<scalar_t>(in.values);
+    const auto v = const_rows<kernel_t<scalar_t>>(in.values);
     const auto m = const_rows<uint8_t>(in.mask);
-    const auto g = mutable_rows<scalar_t>(returns);
+    const auto g = mutable_rows<kernel_t<scalar_t>>(returns);
     const auto* r = static_cast<const acc_t*>(in.terminal_rewards.const_data_ptr());
     const auto discount = Discount<acc_t>::from(gamma, lam);
-    parallel_rows(in.B, in.T, [&](int64_t b) { lambda_return_row(v[b], m[b], in.T, r[b], discount, g[b]); });
+    const auto& k = kernels<scalar_t>();
+    const auto constants = k.constants(discount);
+    scan_rows(
+        in.B, in.T, From::kRight, AffineRule<acc_t>(discount), [&](int64_t b) { return r[b]; },
+        [&](const Stretch& s) { return k.returns_map(constants, v[s.row] + s.begin, m[s.row] + s.begin, s.length); },
+        [&](const Stretch& s, acc_t carry) {
+          return k.lambda_return(
+              constants, v[s.row] + s.begin, m[s.row] + s.begin, s.length, carry, g[s.row] + s.begin);
+        },
+        [](int64_t, acc_t) {});
   }), LAMBDA_RETURN_VALUE_TYPES);
   return returns;
 }
@@ -33,12 +40,21 @@ std::tuple<Tensor, Tensor> lambda_return_backward(
 
   THO_DISPATCH_V2(grad_returns.scalar_type(), "lambda_return_backward", AT_WRAP([&] {
     using acc_t = accumulate_t<scalar_t>;
-    const auto g = const_rows<scalar_t>(in.grad_returns);
+    const auto g = const_rows<kernel_t<scalar_t>>(in.grad_returns);
     const auto m = const_rows<uint8_t>(in.mask);
-    const auto dv = mutable_rows<scalar_t>(grad_values);
+    const auto dv = mutable_rows<kernel_t<scalar_t>>(grad_values);
     auto* dr = static_cast<acc_t*>(grad_rewards.mutable_data_ptr());
     const auto discount = Discount<acc_t>::from(gamma, lam);
-    parallel_rows(in.B, in.T, [&](int64_t b) { dr[b] = lambda_return_backward_row(g[b], m[b], in.T, discount, dv[b]); });
+    const auto& k = kernels<scalar_t>();
+    const auto constants = k.constants(discount);
+    scan_rows(
+        in.B, in.T, From::kLeft, AffineRule<acc_t>(discount), [](int64_t) { return acc_t(0); },
+        [&](const Stretch& s) { return k.adjoint_map(constants, g[s.row] + s.begin, m[s.row] + s.begin, s.length); },
+        [&](const Stretch& s, acc_t carry) {
+          return k.lambda_return_backward(
+              constants, g[s.row] + s.begin, m[s.row] + s.begin, s.length, carry, dv[s.row] + s.begin);
+        },
+        [&](int64_t b, acc_t adjoint) { dr[b] = adjoint; });
   }), LAMBDA_RETURN_VALUE_TYPES);
   return {grad_values, grad_rewards};
 }

@@ -142,7 +142,8 @@ def test_instruction_mask():
     mask[:, [2, 3, 4, 9, 11]] = True
     returns = compute_lambda_return(values, rewards, mask, gamma=0.9)
     closed = compute_lambda_return(values[:, [2, 3, 4, 9, 11]], rewards, torch.ones(4, 5), gamma=0.9)
-    assert torch.equal(returns[:, [2, 3, 4, 9, 11]], closed)
+    # To rounding: where a token stands decides which terms are added first.
+    torch.testing.assert_close(returns[:, [2, 3, 4, 9, 11]], closed, rtol=1e-14, atol=1e-14)
     assert (returns[~mask] == 0).all()
 
 

@@ -102,7 +102,7 @@ def positional(function):
 
 
 def test_public_names_are_tested_here():
-    assert set(lambda_return_ext.__all__) == {"__version__", *SIGNATURES}
+    assert set(lambda_return_ext.__all__) == {"__version__", "build_info", *SIGNATURES}
 
 
 @pytest.mark.parametrize("name", SIGNATURES)

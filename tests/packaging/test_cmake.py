@@ -48,6 +48,7 @@ def test_build_ctest_install_and_use(sources, tmp_path):
     report = run("ctest", "--test-dir", build, "--parallel", "2", cwd=sources)
     assert "100% tests passed, 0 tests failed" in report
     assert " kernels " in report
+    assert " simd " in report
     assert " ops " in report
     run("cmake", "--install", build, "--prefix", prefix, cwd=sources)
 

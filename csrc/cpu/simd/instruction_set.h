@@ -1,0 +1,80 @@
+// The vectorised kernels of the CPU and the choice among instruction sets, torch-free.
+//
+// portable.cpp, avx2.cpp and avx512.cpp compile the same three headers (vector.h, row_scan.h, row_kernels.h) for 4, 8
+// and 16 float32 lanes. The first time one is asked for, the widest that the processor has is chosen for good.
+#pragma once
+
+#include <cstdint>
+
+#include "../../kernels/scan.h"
+#include "../../kernels/squared_error.h"
+
+#define LAMBDA_RETURN_INLINE_LAMBDA __attribute__((always_inline))
+#define LAMBDA_RETURN_INLINE inline LAMBDA_RETURN_INLINE_LAMBDA
+
+namespace lambda_return::cpu {
+
+// 16-bit floats as they lie in memory.
+struct bfloat16_bits {
+  uint16_t bits;
+};
+struct float16_bits {
+  uint16_t bits;
+};
+
+// A discount with the powers of c = gamma lam that a tile needs, laid out for one instruction set.
+template <class acc_t>
+struct ScanConstants {
+  acc_t value, carry;  // gamma (1 - lam), gamma lam
+  acc_t power[4];      // c^4, c^8, c^16, c^32
+  acc_t tile;          // c^(tokens of a tile)
+  alignas(64) acc_t carry_in_reverse[16];
+  alignas(64) acc_t carry_in_forward[16];
+};
+
+// The kernels of one dtype on one stretch of a row, [T] all. They return the stretch's map from the carry that enters
+// it to the carry that leaves it; with that map, and not with a carry of their own, stretches are chained, so that the
+// bits of a row do not depend on who computes its stretches in which order.
+template <class scalar_t>
+struct RowKernels {
+  using acc_t = accumulate_t<scalar_t>;
+  using Constants = ScanConstants<acc_t>;
+  using Map = AffineMap<acc_t>;
+
+  Constants (*constants)(Discount<acc_t> discount);
+  // The map alone, of returns (right to left) and of their adjoint (left to right).
+  Map (*returns_map)(const Constants&, const scalar_t* values, const uint8_t* mask, int64_t T);
+  Map (*adjoint_map)(const Constants&, const scalar_t* grad_returns, const uint8_t* mask, int64_t T);
+
+  Map (*lambda_return)(
+      const Constants&, const scalar_t* values, const uint8_t* mask, int64_t T, acc_t carry, scalar_t* returns);
+  Map (*lambda_return_backward)(
+      const Constants&, const scalar_t* grad_returns, const uint8_t* mask, int64_t T, acc_t carry,
+      scalar_t* grad_values);
+  // Adds to error.
+  Map (*lambda_value_loss)(
+      const Constants&, const scalar_t* values, const uint8_t* attention_mask, const uint8_t* loss_mask, int64_t T,
+      acc_t carry, SquaredError* error);
+  Map (*lambda_value_loss_backward)(
+      const Constants&, const scalar_t* values, const uint8_t* attention_mask, const uint8_t* loss_mask, int64_t T,
+      acc_t carry, acc_t scale, scalar_t* grad_values);
+};
+
+struct InstructionSet {
+  const char* name;  // portable, avx2 or avx512
+  RowKernels<double> float64;
+  RowKernels<float> float32;
+  RowKernels<bfloat16_bits> bfloat16;
+  RowKernels<float16_bits> float16;
+};
+
+// Null where this build or this processor does not have it.
+const InstructionSet* portable();
+const InstructionSet* avx2();
+const InstructionSet* avx512();
+
+// The widest of them, or the one that the environment variable LAMBDA_RETURN_ISA names; throws std::runtime_error
+// where that one is not there.
+const InstructionSet& instruction_set();
+
+}  // namespace lambda_return::cpu

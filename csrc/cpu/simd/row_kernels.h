@@ -1,0 +1,391 @@
+// The kernels of one instruction set: a stretch of one row each. What they compute is said in csrc/kernels.
+//
+// No include guard: included once for each instruction set, under its target, inside an unnamed namespace, after
+//   constexpr int kLanes            float32 lanes
+//   LAMBDA_RETURN_FMA               1 where the target has the x86 FMA and F16C instructions
+//   LAMBDA_RETURN_AVX512            1 where it has AVX-512 F
+#include "vector.h"
+
+#include "row_scan.h"
+
+template <class scalar_t>
+using accumulate_of = typename RowKernels<scalar_t>::acc_t;
+
+// Lanes of float64 rows: as wide a register, but no fewer than one group of four.
+constexpr int kDoubleLanes = kLanes / 2 < 4 ? 4 : kLanes / 2;
+template <class scalar_t>
+constexpr int lanes_of = sizeof(accumulate_of<scalar_t>) == 8 ? kDoubleLanes : kLanes;
+
+template <class scalar_t>
+ScanConstants<accumulate_of<scalar_t>> scan_constants(Discount<accumulate_of<scalar_t>> discount) {
+  using acc_t = accumulate_of<scalar_t>;
+  constexpr int W = lanes_of<scalar_t>;
+  ScanConstants<acc_t> constants{};
+  constants.value = discount.value;
+  constants.carry = discount.carry;
+  double power[W + 1];  // of c^4
+  const double c = discount.carry;
+  power[0] = 1;
+  for (int chunks = 1; chunks <= W; ++chunks) {
+    power[chunks] = power[chunks - 1] * (c * c * c * c);
+  }
+  for (int i = 0; 1 << i < W; ++i) {
+    constants.power[i] = static_cast<acc_t>(power[1 << i]);
+  }
+  constants.tile = static_cast<acc_t>(power[W]);
+  for (int lane = 0; lane < W; ++lane) {
+    const int chunk = RowScan<acc_t, W, Direction::kRightToLeft, Terms::kBoth>::chunk_of(lane);
+    constants.carry_in_reverse[lane] = static_cast<acc_t>(power[W - 1 - chunk]);
+    constants.carry_in_forward[lane] = static_cast<acc_t>(power[chunk]);
+  }
+  return constants;
+}
+
+// ---- sinks: what becomes of a tile's tokens, their values and the carries that reach them ---------------------------
+//
+// at(t) is the sink of the tile that starts at token t. edge(t, count, run) calls run(sink) with the sink of a tile of
+// which only the first count tokens exist. tile<kAll>(values, masked, before) takes a tile in chunk order, skip() one
+// without a valid token.
+
+template <int kTile, class T>
+struct EdgeBuffer {
+  alignas(64) T data[kTile] = {};
+
+  EdgeBuffer() = default;
+  EdgeBuffer(const T* from, int64_t count) { std::memcpy(data, from, count * sizeof(T)); }
+};
+
+// Writes one vector of results a token.
+template <class Scan, class scalar_t>
+struct Output {
+  scalar_t* out;
+
+  LAMBDA_RETURN_INLINE void store_tile(typename Scan::V (&x)[4]) const {
+    constexpr int W = Scan::kTile / 4;
+    Scan::transpose(x);
+    for (int i = 0; i < 4; ++i) {
+      store<W>(out + i * W, x[i]);
+    }
+  }
+  LAMBDA_RETURN_INLINE void skip() const { std::memset(static_cast<void*>(out), 0, Scan::kTile * sizeof(scalar_t)); }
+};
+
+struct NoSink {
+  LAMBDA_RETURN_INLINE NoSink at(int64_t) const { return {}; }
+  template <class Run>
+  LAMBDA_RETURN_INLINE void edge(int64_t, int64_t, const Run& run) const {
+    run(*this);
+  }
+  template <bool kAll, class V, class M>
+  LAMBDA_RETURN_INLINE void tile(const V (&)[4], const M (&)[4], const V (&)[4]) const {}
+  LAMBDA_RETURN_INLINE void skip() const {}
+};
+
+// G, or with weight the adjoint's dV = gamma (1 - lam) A.
+template <class Scan, class scalar_t, bool kWeighted>
+struct CarrySink {
+  using V = typename Scan::V;
+  using M = typename Scan::M;
+  Output<Scan, scalar_t> out;
+  accumulate_of<scalar_t> weight;
+
+  LAMBDA_RETURN_INLINE CarrySink at(int64_t t) const { return {{out.out + t}, weight}; }
+  template <class Run>
+  LAMBDA_RETURN_INLINE void edge(int64_t t, int64_t count, const Run& run) const {
+    EdgeBuffer<Scan::kTile, scalar_t> buffer;
+    run(CarrySink{{buffer.data}, weight});
+    std::memcpy(static_cast<void*>(out.out + t), buffer.data, count * sizeof(scalar_t));
+  }
+  template <bool kAll>
+  LAMBDA_RETURN_INLINE void tile(const V (&)[4], const M (&masked)[4], const V (&before)[4]) const {
+    V x[4];
+    for (int i = 0; i < 4; ++i) {
+      x[i] = before[i];
+      if constexpr (kWeighted) x[i] = drop(x[i] * weight, M{} - (weight == 0 ? 1 : 0));
+      if constexpr (!kAll) x[i] = drop(x[i], masked[i]);
+    }
+    out.store_tile(x);
+  }
+  LAMBDA_RETURN_INLINE void skip() const { out.skip(); }
+};
+
+// What the two directions of the loss share: the second mask. kShared: it is the mask of the scan.
+template <class Scan, bool kShared>
+struct Attention {
+  using M = typename Scan::M;
+  const uint8_t* bytes;
+
+  LAMBDA_RETURN_INLINE Attention at(int64_t t) const { return {kShared ? nullptr : bytes + t}; }
+
+  // Calls body(all, dropped): whether all tokens are valid in both masks, and which are not.
+  template <bool kAll, class Body>
+  LAMBDA_RETURN_INLINE void with_counts(const M (&masked)[4], const Body& body) const {
+    if constexpr (kShared) {
+      body(std::bool_constant<kAll>(), masked);
+    } else if (kAll && mask_fill<Scan::kTile>(bytes) == Fill::kAll) {
+      body(std::true_type(), masked);
+    } else {
+      M dropped[4];
+      Scan::load_mask(bytes, dropped);
+      for (int i = 0; i < 4; ++i) {
+        if constexpr (!kAll) dropped[i] |= masked[i];
+      }
+      body(std::false_type(), dropped);
+    }
+  }
+};
+
+// x in float64, its two halves added where it is float32.
+LAMBDA_RETURN_INLINE auto in_float64(Vector<double, kDoubleLanes> x) { return x; }
+#if LAMBDA_RETURN_FMA
+LAMBDA_RETURN_INLINE auto in_float64(Vector<float, 8> x) {
+  return (Vector<double, 4>)_mm256_cvtps_pd((__m128)low_half(x)) +
+         (Vector<double, 4>)_mm256_cvtps_pd((__m128)high_half(x));
+}
+LAMBDA_RETURN_INLINE auto in_float64(Vector<float, 16> x) { return in_float64(low_half(x)) + in_float64(high_half(x)); }
+#else
+LAMBDA_RETURN_INLINE auto in_float64(Vector<float, 4> x) {
+  return Vector<double, 2>{x[0], x[1]} + Vector<double, 2>{x[2], x[3]};
+}
+#endif
+
+template <class Scan>
+struct LossSums {
+  decltype(in_float64(typename Scan::V())) squares{};
+  int64_t num_tokens = 0;      // of the tiles seen
+  typename Scan::M dropped{};  // minus the number of those that do not count, lane by lane
+};
+
+template <class Scan, bool kShared>
+struct LossSink {
+  using V = typename Scan::V;
+  using M = typename Scan::M;
+  Attention<Scan, kShared> attention;
+  LossSums<Scan>& sums;
+
+  LAMBDA_RETURN_INLINE LossSink at(int64_t t) const { return {attention.at(t), sums}; }
+  template <class Run>
+  LAMBDA_RETURN_INLINE void edge(int64_t t, int64_t count, const Run& run) const {
+    if constexpr (kShared) {
+      run(*this);
+    } else {
+      const EdgeBuffer<Scan::kTile, uint8_t> bytes(attention.bytes + t, count);
+      run(LossSink{{bytes.data}, sums});
+    }
+  }
+  template <bool kAll>
+  LAMBDA_RETURN_INLINE void tile(const V (&values)[4], const M (&masked)[4], const V (&before)[4]) const {
+    attention.template with_counts<kAll>(masked, [&](auto all, const M(&dropped)[4]) LAMBDA_RETURN_INLINE_LAMBDA {
+      V squares{};
+      for (int i = 0; i < 4; ++i) {
+        V error = values[i] - before[i];
+        if constexpr (!all) {
+          error = drop(error, dropped[i]);
+          sums.dropped += dropped[i];
+        }
+        squares = multiply_add(error, error, squares);
+      }
+      sums.num_tokens += Scan::kTile;
+      sums.squares += in_float64(squares);
+    });
+  }
+  LAMBDA_RETURN_INLINE void skip() const {}
+};
+
+template <class Scan, class scalar_t, bool kShared>
+struct LossGradientSink {
+  using V = typename Scan::V;
+  using M = typename Scan::M;
+  Attention<Scan, kShared> attention;
+  Output<Scan, scalar_t> out;
+  accumulate_of<scalar_t> scale;
+
+  LAMBDA_RETURN_INLINE LossGradientSink at(int64_t t) const { return {attention.at(t), {out.out + t}, scale}; }
+  template <class Run>
+  LAMBDA_RETURN_INLINE void edge(int64_t t, int64_t count, const Run& run) const {
+    EdgeBuffer<Scan::kTile, scalar_t> buffer;
+    if constexpr (kShared) {
+      run(LossGradientSink{attention, {buffer.data}, scale});
+    } else {
+      const EdgeBuffer<Scan::kTile, uint8_t> bytes(attention.bytes + t, count);
+      run(LossGradientSink{{bytes.data}, {buffer.data}, scale});
+    }
+    std::memcpy(static_cast<void*>(out.out + t), buffer.data, count * sizeof(scalar_t));
+  }
+  template <bool kAll>
+  LAMBDA_RETURN_INLINE void tile(const V (&values)[4], const M (&masked)[4], const V (&before)[4]) const {
+    attention.template with_counts<kAll>(masked, [&](auto all, const M(&dropped)[4]) LAMBDA_RETURN_INLINE_LAMBDA {
+      V x[4];
+      for (int i = 0; i < 4; ++i) {
+        x[i] = (values[i] - before[i]) * scale;
+        if constexpr (!all) x[i] = drop(x[i], dropped[i]);
+      }
+      out.store_tile(x);
+    });
+  }
+  LAMBDA_RETURN_INLINE void skip() const { out.skip(); }
+};
+
+// ---- one stretch of a row
+// --------------------------------------------------------------------------------------------
+
+// One tile at values, mask.
+template <class Scan, class scalar_t, class Sink>
+LAMBDA_RETURN_INLINE void scan_tile(Scan& scan, const scalar_t* values, const uint8_t* mask, const Sink& sink) {
+  constexpr int W = Scan::kTile / 4;
+  const Fill fill = mask_fill<Scan::kTile>(mask);
+  if (fill == Fill::kNone) {
+    sink.skip();
+    return;
+  }
+  typename Scan::V v[4], before[4];
+  typename Scan::M masked[4];
+  for (int i = 0; i < 4; ++i) {
+    v[i] = load<W>(values + i * W);
+  }
+  Scan::transpose(v);
+  if (fill == Fill::kAll) {
+    scan.template tile<true>(v, masked, before);
+    sink.template tile<true>(v, masked, before);
+  } else {
+    Scan::load_mask(mask, masked);
+    scan.template tile<false>(v, masked, before);
+    sink.template tile<false>(v, masked, before);
+  }
+}
+
+// values, mask [T], in the scan's direction: whole tiles from the end it starts at, then what is left.
+template <class Scan, class scalar_t, class Sink>
+LAMBDA_RETURN_INLINE AffineMap<accumulate_of<scalar_t>> scan_tiles(
+    const ScanConstants<accumulate_of<scalar_t>>& constants, const scalar_t* values, const uint8_t* mask, int64_t T,
+    accumulate_of<scalar_t> carry, const Sink& sink) {
+  constexpr int kTile = Scan::kTile;
+  const int64_t rest = T % kTile, tiles = T / kTile;
+  Scan scan(constants, carry);
+  for (int64_t i = 0; i < tiles; ++i) {
+    const int64_t t = Scan::kReverse ? T - (i + 1) * kTile : i * kTile;
+    scan_tile(scan, values + t, mask + t, sink.at(t));
+  }
+  if (rest > 0) {
+    const int64_t t = Scan::kReverse ? 0 : T - rest;
+    const EdgeBuffer<kTile, scalar_t> edge_values(values + t, rest);
+    const EdgeBuffer<kTile, uint8_t> edge_mask(mask + t, rest);
+    sink.edge(t, rest, [&](const auto& edge) LAMBDA_RETURN_INLINE_LAMBDA {
+      scan_tile(scan, edge_values.data, edge_mask.data, edge);
+    });
+  }
+  return scan.map();
+}
+
+// Calls body(Type<Scan>) with the scan for these constants.
+template <class T>
+struct Type {
+  using type = T;
+};
+template <class scalar_t, Direction direction, class Body>
+LAMBDA_RETURN_INLINE auto with_scan(const ScanConstants<accumulate_of<scalar_t>>& constants, const Body& body) {
+  using acc_t = accumulate_of<scalar_t>;
+  constexpr int W = lanes_of<scalar_t>;
+  return constants.carry == 0   ? body(Type<RowScan<acc_t, W, direction, Terms::kNoCarry>>())
+         : constants.value == 0 ? body(Type<RowScan<acc_t, W, direction, Terms::kCarryOnly>>())
+                                : body(Type<RowScan<acc_t, W, direction, Terms::kBoth>>());
+}
+
+template <class scalar_t, Direction direction>
+AffineMap<accumulate_of<scalar_t>> map_of(
+    const ScanConstants<accumulate_of<scalar_t>>& constants, const scalar_t* values, const uint8_t* mask, int64_t T) {
+  return with_scan<scalar_t, direction>(constants, [&](auto type) {
+    using Scan = typename decltype(type)::type;
+    return scan_tiles<Scan>(constants, values, mask, T, 0, NoSink{});
+  });
+}
+
+template <class scalar_t>
+AffineMap<accumulate_of<scalar_t>> lambda_return(
+    const ScanConstants<accumulate_of<scalar_t>>& constants, const scalar_t* values, const uint8_t* mask, int64_t T,
+    accumulate_of<scalar_t> carry, scalar_t* returns) {
+  return with_scan<scalar_t, Direction::kRightToLeft>(constants, [&](auto type) {
+    using Scan = typename decltype(type)::type;
+    const CarrySink<Scan, scalar_t, false> sink{{returns}, 1};
+    return scan_tiles<Scan>(constants, values, mask, T, carry, sink);
+  });
+}
+
+template <class scalar_t>
+AffineMap<accumulate_of<scalar_t>> lambda_return_backward(
+    const ScanConstants<accumulate_of<scalar_t>>& constants, const scalar_t* grad_returns, const uint8_t* mask,
+    int64_t T, accumulate_of<scalar_t> carry, scalar_t* grad_values) {
+  return with_scan<scalar_t, Direction::kLeftToRight>(constants, [&](auto type) {
+    using Scan = typename decltype(type)::type;
+    const CarrySink<Scan, scalar_t, true> sink{{grad_values}, constants.value};
+    return scan_tiles<Scan>(constants, grad_returns, mask, T, carry, sink);
+  });
+}
+
+template <class scalar_t, bool kShared>
+AffineMap<accumulate_of<scalar_t>> lambda_value_loss_as(
+    const ScanConstants<accumulate_of<scalar_t>>& constants, const scalar_t* values, const uint8_t* attention_mask,
+    const uint8_t* loss_mask, int64_t T, accumulate_of<scalar_t> carry, SquaredError* error) {
+  return with_scan<scalar_t, Direction::kRightToLeft>(constants, [&](auto type) {
+    using Scan = typename decltype(type)::type;
+    LossSums<Scan> sums;
+    const auto map =
+        scan_tiles<Scan>(constants, values, loss_mask, T, carry, LossSink<Scan, kShared>{{attention_mask}, sums});
+    error->num_tokens += sums.num_tokens;
+    for (int lane = 0; lane < Scan::kTile / 4; ++lane) {
+      error->num_tokens += sums.dropped[lane];
+    }
+    for (size_t lane = 0; lane < sizeof(sums.squares) / sizeof(double); ++lane) {
+      error->sum += sums.squares[lane];
+    }
+    return map;
+  });
+}
+
+template <class scalar_t>
+AffineMap<accumulate_of<scalar_t>> lambda_value_loss(
+    const ScanConstants<accumulate_of<scalar_t>>& constants, const scalar_t* values, const uint8_t* attention_mask,
+    const uint8_t* loss_mask, int64_t T, accumulate_of<scalar_t> carry, SquaredError* error) {
+  const auto kernel =
+      attention_mask == loss_mask ? lambda_value_loss_as<scalar_t, true> : lambda_value_loss_as<scalar_t, false>;
+  return kernel(constants, values, attention_mask, loss_mask, T, carry, error);
+}
+
+template <class scalar_t, bool kShared>
+AffineMap<accumulate_of<scalar_t>> lambda_value_loss_backward_as(
+    const ScanConstants<accumulate_of<scalar_t>>& constants, const scalar_t* values, const uint8_t* attention_mask,
+    const uint8_t* loss_mask, int64_t T, accumulate_of<scalar_t> carry, accumulate_of<scalar_t> scale,
+    scalar_t* grad_values) {
+  return with_scan<scalar_t, Direction::kRightToLeft>(constants, [&](auto type) {
+    using Scan = typename decltype(type)::type;
+    const LossGradientSink<Scan, scalar_t, kShared> sink{{attention_mask}, {grad_values}, scale};
+    return scan_tiles<Scan>(constants, values, loss_mask, T, carry, sink);
+  });
+}
+
+template <class scalar_t>
+AffineMap<accumulate_of<scalar_t>> lambda_value_loss_backward(
+    const ScanConstants<accumulate_of<scalar_t>>& constants, const scalar_t* values, const uint8_t* attention_mask,
+    const uint8_t* loss_mask, int64_t T, accumulate_of<scalar_t> carry, accumulate_of<scalar_t> scale,
+    scalar_t* grad_values) {
+  const auto kernel = attention_mask == loss_mask ? lambda_value_loss_backward_as<scalar_t, true>
+                                                  : lambda_value_loss_backward_as<scalar_t, false>;
+  return kernel(constants, values, attention_mask, loss_mask, T, carry, scale, grad_values);
+}
+
+template <class scalar_t>
+constexpr RowKernels<scalar_t> row_kernels() {
+  return {
+      scan_constants<scalar_t>,
+      map_of<scalar_t, Direction::kRightToLeft>,
+      map_of<scalar_t, Direction::kLeftToRight>,
+      lambda_return<scalar_t>,
+      lambda_return_backward<scalar_t>,
+      lambda_value_loss<scalar_t>,
+      lambda_value_loss_backward<scalar_t>,
+  };
+}
+
+constexpr InstructionSet instruction_set_named(const char* name) {
+  return {name, row_kernels<double>(), row_kernels<float>(), row_kernels<bfloat16_bits>(), row_kernels<float16_bits>()};
+}

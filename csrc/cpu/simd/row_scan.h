@@ -1,0 +1,203 @@
+// The scan of one row, a tile at a time: what lambda_return.h says token by token, for 4 W tokens at once.
+//
+// No include guard: see vector.h.
+//
+// A tile is 4 W tokens in memory order: W chunks of 4 neighbours, one chunk a lane. Four vector loads and a 4 x 4
+// transposition inside each group of four lanes put token i of every chunk into vector i, so that
+//
+//   vector i, lane 4 g + s   is token   W s + 4 g + i   of the tile, of chunk   k = s W/4 + g.
+//
+// Each lane first composes the maps of its own 4 tokens, the W maps are scanned across lanes in log2 W steps, and with
+// the carry that then reaches its chunk each lane runs the plain recurrence over its 4 tokens. Only one multiply-add a
+// tile depends on the tile before it.
+
+// Direction of time: a return looks at what comes later (right to left), its adjoint at what came before.
+enum class Direction { kRightToLeft, kLeftToRight };
+
+// Which coefficients are exactly 0: their terms are left out rather than multiplied by 0, see Discount.
+enum class Terms { kBoth, kCarryOnly, kNoCarry };
+
+template <class acc_t, int W, Direction direction, Terms terms>
+struct RowScan {
+  static constexpr int kTile = 4 * W;
+  static constexpr bool kReverse = direction == Direction::kRightToLeft;
+  using V = Vector<acc_t, W>;
+  using M = Vector<lane_mask_t<acc_t>, W>;
+
+  static constexpr int chunk_of(int lane) { return lane % 4 * (W / 4) + lane / 4; }
+  static constexpr int lane_of(int chunk) { return chunk % (W / 4) * 4 + chunk / (W / 4); }
+
+  // 4 x 4 transposition inside each group of four lanes, in two rounds: pairs of vectors, then pairs of lanes.
+  template <int kRow>
+  struct InterleaveIndex {  // kRow 0: lanes 0, 1 of both; 1: lanes 2, 3 of both
+    static constexpr int at(int l) { return l / 4 * 4 + 2 * kRow + l % 4 / 2 + l % 2 * W; }
+  };
+  template <int kRow>
+  struct PairIndex {  // kRow 0: lanes 0, 1 of a then of b; 1: lanes 2, 3
+    static constexpr int at(int l) { return l / 4 * 4 + 2 * kRow + l % 2 + l % 4 / 2 * W; }
+  };
+  static LAMBDA_RETURN_INLINE void transpose(V (&x)[4]) {
+    const V ab0 = shuffle<InterleaveIndex<0>>(x[0], x[1]), ab1 = shuffle<InterleaveIndex<1>>(x[0], x[1]);
+    const V cd0 = shuffle<InterleaveIndex<0>>(x[2], x[3]), cd1 = shuffle<InterleaveIndex<1>>(x[2], x[3]);
+    x[0] = shuffle<PairIndex<0>>(ab0, cd0);
+    x[1] = shuffle<PairIndex<1>>(ab0, cd0);
+    x[2] = shuffle<PairIndex<0>>(ab1, cd1);
+    x[3] = shuffle<PairIndex<1>>(ab1, cd1);
+  }
+
+  // Chunk k receives what chunk k + kDistance (k - kDistance from left to right) holds, and fill where there is none.
+  template <int kDistance>
+  struct ReceiveIndex {
+    static constexpr int at(int lane) {
+      const int from = chunk_of(lane) + (kReverse ? kDistance : -kDistance);
+      return from < 0 || from >= W ? W + lane : lane_of(from);
+    }
+  };
+  template <int kDistance>
+  static LAMBDA_RETURN_INLINE V receive(V x, V fill) {
+    return shuffle<ReceiveIndex<kDistance>>(x, fill);
+  }
+
+  struct Constants {
+    V value;                  // weight of a token's own value
+    M no_value;               // all ones if that weight is 0
+    V carry, carry2, carry3;  // gamma lam = c, c^2, c^3
+    V power[4];               // c^4, c^8, c^16, c^32: what a token 1, 2, 4, 8 chunks away has been weighted with
+    V carry_in;               // c^(tokens of the tile that the carry passes before it reaches this lane's chunk)
+    V tile;                   // c^(4 W)
+    M not_state;              // all ones but in the two lanes of state that a tile's b is added to
+    LAMBDA_RETURN_INLINE explicit Constants(const ScanConstants<acc_t>& from)
+        : value(broadcast<V>(kReverse ? from.value : acc_t(1))),
+          no_value(M{} - (kReverse && from.value == 0 ? 1 : 0)),
+          carry(broadcast<V>(from.carry)),
+          carry2(broadcast<V>(from.carry * from.carry)),
+          carry3(broadcast<V>(from.carry * from.carry * from.carry)),
+          carry_in(load_vector<V>(kReverse ? from.carry_in_reverse : from.carry_in_forward)),
+          tile(broadcast<V>(from.tile)),
+          not_state(~M{-1, -1}) {
+      for (int i = 0; i < 4; ++i) {
+        power[i] = broadcast<V>(from.power[i]);
+      }
+    }
+  };
+
+  const Constants k;
+  // The carry that the next tile starts from and the map a H + b of all tiles so far, as lanes (carry, b, a, 0 ...):
+  // a tile's map takes carry to a' carry + b', b to a' b + b' and a to a' a, which is one multiply-add.
+  V state;
+
+  LAMBDA_RETURN_INLINE RowScan(const ScanConstants<acc_t>& constants, acc_t carry) : k(constants), state{carry, 0, 1} {}
+
+  // a x + b. Where gamma lam is exactly 0 a coefficient 0 drops x, even an Inf.
+  static LAMBDA_RETURN_INLINE V apply(V a, V b, V x) {
+    if constexpr (terms == Terms::kNoCarry) {
+      return b + drop(x, a == 0);
+    } else {
+      return multiply_add(a, x, b);
+    }
+  }
+
+  // Which tokens are masked, as lane masks, from the tile's mask bytes.
+  static LAMBDA_RETURN_INLINE void load_mask(const uint8_t* bytes, M (&masked)[4]) {
+    struct ChunkIndex {
+      static constexpr int at(int lane) { return chunk_of(lane); }
+    };
+    // Four neighbouring mask bytes are one chunk, which is one 32-bit lane.
+    Vector<int32_t, W> chunks = load_vector<Vector<int32_t, W>>(bytes);
+    chunks = shuffle<ChunkIndex>(chunks, chunks);
+    const M lanes = __builtin_convertvector(chunks, M);
+    for (int i = 0; i < 4; ++i) {
+      masked[i] = (lanes & static_cast<int32_t>(0xffu << 8 * i)) == 0;
+    }
+  }
+
+  // values: token i of each chunk. On return before[i] is the carry that reaches token i.
+  // kAll: no token is masked, masked[] is not read.
+  template <bool kAll>
+  LAMBDA_RETURN_INLINE void tile(const V (&values)[4], const M (&masked)[4], V (&before)[4]) {
+    // The maps of the four tokens in the order of the scan.
+    V a[4], b[4];
+    for (int j = 0; j < 4; ++j) {
+      const int i = in_order(j);
+      b[j] = k.value * values[i];
+      if constexpr (terms == Terms::kCarryOnly && kReverse) b[j] = V{};
+      if constexpr (terms == Terms::kNoCarry) b[j] = drop(b[j], k.no_value);
+      if constexpr (!kAll) b[j] = drop(b[j], masked[i]);
+      a[j] = kAll ? k.carry : (masked[i] ? broadcast<V>(acc_t(1)) : k.carry);
+    }
+    // Of the first two, the first three and all four of them, in a tree: what is slow here is not the number of
+    // operations but how many wait for one another.
+    const V a01 = kAll ? k.carry2 : a[0] * a[1], b01 = apply(a[1], b[1], b[0]);
+    const V a012 = kAll ? k.carry3 : a01 * a[2], b012 = apply(a[2], b[2], b01);
+    const V a23 = kAll ? k.carry2 : a[2] * a[3], b23 = apply(a[3], b[3], b[2]);
+    V A = kAll ? k.power[0] : a01 * a23, B = apply(a23, b23, b01);
+    // Inclusive scan over the chunks; then what reaches a chunk is the composite of its neighbour.
+    if constexpr (kAll) {
+      B = apply(k.power[0], B, receive<1>(B, V{}));
+      B = apply(k.power[1], B, receive<2>(B, V{}));
+      if constexpr (W > 4) B = apply(k.power[2], B, receive<4>(B, V{}));
+      if constexpr (W > 8) B = apply(k.power[3], B, receive<8>(B, V{}));
+    } else {
+      compose_neighbour<1>(A, B);
+      compose_neighbour<2>(A, B);
+      if constexpr (W > 4) compose_neighbour<4>(A, B);
+      if constexpr (W > 8) compose_neighbour<8>(A, B);
+    }
+    const V carry_in = kAll ? k.carry_in : receive<1>(A, broadcast<V>(acc_t(1)));
+    const V h = apply(carry_in, receive<1>(B, V{}), broadcast_lane<0>(state));
+    constexpr int last = kReverse ? lane_of(0) : lane_of(W - 1);
+    state = apply(kAll ? k.tile : broadcast_lane<last>(A), drop(broadcast_lane<last>(B), k.not_state), state);
+
+    before[in_order(0)] = h;
+    before[in_order(1)] = apply(a[0], b[0], h);
+    before[in_order(2)] = apply(a01, b01, h);
+    before[in_order(3)] = apply(a012, b012, h);
+  }
+  static constexpr int in_order(int j) { return kReverse ? 3 - j : j; }
+
+  template <int kDistance>
+  static LAMBDA_RETURN_INLINE void compose_neighbour(V& A, V& B) {
+    B = apply(A, B, receive<kDistance>(B, V{}));
+    A = A * receive<kDistance>(A, broadcast<V>(acc_t(1)));
+  }
+
+  LAMBDA_RETURN_INLINE AffineMap<acc_t> map() const { return {state[2], state[1]}; }
+};
+
+// How many tokens of a tile are valid: none, all, or some.
+enum class Fill { kNone, kSome, kAll };
+
+template <int kTile>
+LAMBDA_RETURN_INLINE Fill mask_fill(const uint8_t* bytes) {
+#if LAMBDA_RETURN_FMA
+  if constexpr (kTile >= 32) {
+    const __m256i zero = _mm256_setzero_si256();
+    __m256i any = zero, all = _mm256_set1_epi8(-1);
+    for (int i = 0; i < kTile; i += 32) {
+      const auto x = load_vector<__m256i>(bytes + i);
+      any = _mm256_or_si256(any, x);
+      all = _mm256_min_epu8(all, x);
+    }
+    return _mm256_testz_si256(any, any)                              ? Fill::kNone
+           : _mm256_movemask_epi8(_mm256_cmpeq_epi8(all, zero)) == 0 ? Fill::kAll
+                                                                     : Fill::kSome;
+  } else {
+    const auto x = load_vector<__m128i>(bytes);
+    return _mm_testz_si128(x, x)                                            ? Fill::kNone
+           : _mm_movemask_epi8(_mm_cmpeq_epi8(x, _mm_setzero_si128())) == 0 ? Fill::kAll
+                                                                            : Fill::kSome;
+  }
+#else
+  using Bytes = Vector<uint8_t, kTile>;
+  const auto x = load_vector<Bytes>(bytes);
+  uint64_t none[kTile / 8], invalid[kTile / 8];
+  store_vector(none, x);
+  store_vector(invalid, x == 0);
+  uint64_t any = 0, missing = 0;
+  for (int i = 0; i < kTile / 8; ++i) {
+    any |= none[i];
+    missing |= invalid[i];
+  }
+  return any == 0 ? Fill::kNone : missing == 0 ? Fill::kAll : Fill::kSome;
+#endif
+}

@@ -1,0 +1,189 @@
+// Vectors of W lanes in the compiler's own vector types (GCC and clang): one source for every instruction set.
+//
+// No include guard: included once for each instruction set, under its target, inside a namespace of its own; see
+// instruction_set.h. Everything is inlined, so no vector crosses a function call.
+
+template <class T, int W>
+struct VectorType {
+  typedef T type __attribute__((vector_size(W * sizeof(T))));
+};
+template <class T, int W>
+using Vector = typename VectorType<T, W>::type;
+
+// The integer of T's size. A comparison gives lanes of it: all ones where true, 0 where false.
+template <class T>
+using lane_mask_t = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+
+template <class V>
+LAMBDA_RETURN_INLINE V load_vector(const void* from) {
+  V x;
+  std::memcpy(&x, from, sizeof(V));
+  return x;
+}
+
+template <class V>
+LAMBDA_RETURN_INLINE void store_vector(void* to, V x) {
+  std::memcpy(to, &x, sizeof(V));
+}
+
+template <class V, class T>
+LAMBDA_RETURN_INLINE V broadcast(T x) {
+  return V{} + x;
+}
+
+// +0 where dropped is all ones, whatever stands there in x; x where it is 0.
+template <class V, class M>
+LAMBDA_RETURN_INLINE V drop(V x, M dropped) {
+  return (V)((M)x & ~dropped);
+}
+
+// The lower and upper half of x.
+template <int kFirst, class V, int... L>
+LAMBDA_RETURN_INLINE auto half_from(V x, std::integer_sequence<int, L...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(x, x, (kFirst + L)...);
+#else
+  return Vector<std::decay_t<decltype(x[0])>, sizeof...(L)>{x[kFirst + L]...};
+#endif
+}
+template <class V>
+LAMBDA_RETURN_INLINE auto low_half(V x) {
+  return half_from<0>(x, std::make_integer_sequence<int, sizeof(V) / sizeof(x[0]) / 2>());
+}
+template <class V>
+LAMBDA_RETURN_INLINE auto high_half(V x) {
+  constexpr int half = sizeof(V) / sizeof(x[0]) / 2;
+  return half_from<half>(x, std::make_integer_sequence<int, half>());
+}
+template <class V, class Half>
+LAMBDA_RETURN_INLINE V join(Half low, Half high) {
+  V x;
+  std::memcpy(&x, &low, sizeof(Half));
+  std::memcpy(reinterpret_cast<char*>(&x) + sizeof(Half), &high, sizeof(Half));
+  return x;
+}
+
+// a * b + c. Rounded once where the instruction set can, and the same wherever it is called.
+template <class V>
+LAMBDA_RETURN_INLINE V multiply_add(V a, V b, V c) {
+#if LAMBDA_RETURN_FMA
+  constexpr bool is_float = sizeof(a[0]) == 4;
+#if LAMBDA_RETURN_AVX512
+  if constexpr (sizeof(V) == 64 && is_float) {
+    return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+  } else if constexpr (sizeof(V) == 64) {
+    return (V)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+  } else
+#endif
+      if constexpr (sizeof(V) > 32) {  // wider than a register
+    return join<V>(
+        multiply_add(low_half(a), low_half(b), low_half(c)), multiply_add(high_half(a), high_half(b), high_half(c)));
+  } else if constexpr (is_float) {
+    return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+  } else {
+    return (V)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+  }
+#else
+  return a * b + c;
+#endif
+}
+
+// Lane l of the result is lane Index::at(l) of a followed by b.
+template <class Index, class V, int... L>
+LAMBDA_RETURN_INLINE V shuffle(V a, V b, std::integer_sequence<int, L...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, Index::at(L)...);
+#else
+  return __builtin_shuffle(a, b, Vector<lane_mask_t<std::decay_t<decltype(a[0])>>, sizeof...(L)>{Index::at(L)...});
+#endif
+}
+template <class Index, class V>
+LAMBDA_RETURN_INLINE V shuffle(V a, V b) {
+  return shuffle<Index>(a, b, std::make_integer_sequence<int, sizeof(V) / sizeof(a[0])>());
+}
+
+template <int kLane>
+struct LaneIndex {
+  static constexpr int at(int) { return kLane; }
+};
+// One lane of x in all lanes.
+template <int kLane, class V>
+LAMBDA_RETURN_INLINE V broadcast_lane(V x) {
+  return shuffle<LaneIndex<kLane>>(x, x);
+}
+
+// ---- memory: W values of a dtype as lanes of its accumulation dtype, and back, rounded to nearest even --------------
+
+template <int W>
+LAMBDA_RETURN_INLINE Vector<float, W> load(const float* from) {
+  return load_vector<Vector<float, W>>(from);
+}
+template <int W>
+LAMBDA_RETURN_INLINE void store(float* to, Vector<float, W> x) {
+  store_vector(to, x);
+}
+
+template <int W>
+LAMBDA_RETURN_INLINE Vector<double, W> load(const double* from) {
+  return load_vector<Vector<double, W>>(from);
+}
+template <int W>
+LAMBDA_RETURN_INLINE void store(double* to, Vector<double, W> x) {
+  store_vector(to, x);
+}
+
+// bfloat16 is the upper half of a float32.
+template <int W>
+LAMBDA_RETURN_INLINE Vector<float, W> load(const bfloat16_bits* from) {
+  const auto bits = load_vector<Vector<uint16_t, W>>(from);
+  return (Vector<float, W>)(__builtin_convertvector(bits, Vector<uint32_t, W>) << 16);
+}
+template <int W>
+LAMBDA_RETURN_INLINE void store(bfloat16_bits* to, Vector<float, W> x) {
+  using U = Vector<uint32_t, W>;
+  const U bits = (U)x;
+  const U rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const U result = (x == x) ? rounded : (bits >> 16) | 0x40;  // a NaN stays one: rounding could carry it into Inf
+  store_vector(to, __builtin_convertvector(result, Vector<uint16_t, W>));
+}
+
+template <int W>
+LAMBDA_RETURN_INLINE Vector<float, W> load(const float16_bits* from) {
+#if LAMBDA_RETURN_FMA
+  if constexpr (W == 8) {
+    return (Vector<float, W>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  } else {
+    return join<Vector<float, W>>(load<W / 2>(from), load<W / 2>(from + W / 2));
+  }
+#else
+  using U = Vector<uint32_t, W>;
+  const U bits = __builtin_convertvector(load_vector<Vector<uint16_t, W>>(from), U);
+  const U magnitude = (bits & 0x7fff) << 13;
+  // The exponents of the two formats differ by 112; the multiplication also makes float16's subnormals normal.
+  const U finite = (U)((Vector<float, W>)magnitude * 0x1p112f);
+  const U result = (magnitude >= (0x7c00u << 13)) ? magnitude | 0x7f800000u : finite;  // Inf and NaN
+  return (Vector<float, W>)(result | (bits & 0x8000) << 16);
+#endif
+}
+template <int W>
+LAMBDA_RETURN_INLINE void store(float16_bits* to, Vector<float, W> x) {
+#if LAMBDA_RETURN_FMA
+  if constexpr (W == 8) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+  } else {
+    store<W / 2>(to, low_half(x));
+    store<W / 2>(to + W / 2, high_half(x));
+  }
+#else
+  using U = Vector<uint32_t, W>;
+  const U sign = ((U)x >> 16) & 0x8000, magnitude = (U)x & 0x7fffffffu;
+  // Adding 0.5 leaves float16's subnormals, rounded, in the last bits; above them the excess of the exponent goes and
+  // the 13 bits too many are rounded away.
+  const U subnormal = (U)((Vector<float, W>)magnitude + 0.5f) - 0x3f000000u;
+  const U normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  const U finite = (magnitude < 0x38800000u) ? subnormal : normal;
+  const U special = (magnitude > 0x7f800000u) ? U{} + 0x7e00u : U{} + 0x7c00u;  // NaN, Inf and what rounds to Inf
+  const U result = (magnitude >= 0x477ff000u) ? special : finite;
+  store_vector(to, __builtin_convertvector(result | sign, Vector<uint16_t, W>));
+#endif
+}

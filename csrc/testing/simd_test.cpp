@@ -1,0 +1,185 @@
+// The vectorised CPU kernels of every instruction set against the recurrences of csrc/kernels, token by token.
+//
+// On a processor with AVX2 the 16-lane kernels are also compiled for AVX2, every vector in two halves: the same source,
+// lane layout and roundings as on AVX-512, so that they are tested where that is missing.
+#include "cpu/simd/instruction_set.h"
+
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "kernels/lambda_return.h"
+#include "kernels/lambda_value_loss.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#pragma GCC diagnostic ignored "-Wpsabi"  // as in portable.cpp
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+namespace lambda_return::cpu {
+namespace {
+constexpr int kLanes = 16;
+#define LAMBDA_RETURN_FMA 1
+#define LAMBDA_RETURN_AVX512 0
+#include "cpu/simd/row_kernels.h"
+}  // namespace
+}  // namespace lambda_return::cpu
+#pragma GCC pop_options
+#endif
+
+using namespace lambda_return;
+using namespace lambda_return::cpu;
+
+namespace {
+
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+int failures = 0;
+
+// Values of the kernels' dtypes from and to float64, one at a time and without their vector code.
+double to_double(double x) { return x; }
+double to_double(float x) { return x; }
+double to_double(bfloat16_bits x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+double to_double(float16_bits x) {
+  const int exponent = x.bits >> 10 & 31, mantissa = x.bits & 1023;
+  const double magnitude = exponent == 31  ? (mantissa ? kNaN : std::numeric_limits<double>::infinity())
+                           : exponent == 0 ? std::ldexp(mantissa, -24)
+                                           : std::ldexp(1024 + mantissa, exponent - 25);
+  return x.bits & 0x8000 ? -magnitude : magnitude;
+}
+template <class scalar_t>
+scalar_t random_value(std::mt19937& random) {
+  if constexpr (sizeof(scalar_t) >= 4) {
+    return static_cast<scalar_t>(std::normal_distribution<double>()(random));
+  } else {  // sign, an exponent around that of 1, mantissa
+    const int mantissa_bits = std::is_same_v<scalar_t, float16_bits> ? 10 : 7;
+    const int one = std::is_same_v<scalar_t, float16_bits> ? 15 : 127;
+    const uint32_t exponent = one - 3 + random() % 4, mantissa = random() % (1u << mantissa_bits);
+    return {static_cast<uint16_t>((random() & 1) << 15 | exponent << mantissa_bits | mantissa)};
+  }
+}
+template <class scalar_t>
+scalar_t not_a_number() {
+  if constexpr (sizeof(scalar_t) >= 4) {
+    return static_cast<scalar_t>(kNaN);
+  } else {
+    return {0x7fff};
+  }
+}
+
+// Half a unit in the last place of the dtype, relative.
+template <class scalar_t>
+constexpr double kRounding = std::is_same_v<scalar_t, double>          ? 0
+                             : std::is_same_v<scalar_t, float>         ? 0
+                             : std::is_same_v<scalar_t, bfloat16_bits> ? 0x1p-8
+                                                                       : 0x1p-11;
+
+template <class scalar_t>
+void check_kernels(const char* set, const char* dtype, const RowKernels<scalar_t>& kernels) {
+  using acc_t = accumulate_t<scalar_t>;
+  // A return is a chain of at most T roundings whose weights fall like (gamma lam)^n, and lam = 1 has no additions.
+  const double unit = std::numeric_limits<acc_t>::epsilon();
+  std::mt19937 random(7);
+  for (const int64_t T : {1, 3, 4, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 129, 200, 1000, 4099}) {
+    for (const double density : {0.0, 0.1, 0.5, 0.95, 1.0}) {
+      for (const double lam : {0.0, 0.5, 0.95, 1.0}) {
+        for (const double gamma : {1.0, 0.97, 0.0}) {
+          std::vector<scalar_t> values(T), grads(T), out(T), gradient(T), adjoint(T);
+          std::vector<uint8_t> mask(T), attention(T);
+          std::vector<double> v(T), g(T), expected(T), expected_adjoint(T), expected_gradient(T);
+          for (int64_t t = 0; t < T; ++t) {
+            mask[t] = std::bernoulli_distribution(density)(random) ? 1 + random() % 255 : 0;
+            attention[t] = random() % 5 ? 1 + random() % 255 : 0;
+            values[t] = mask[t] ? random_value<scalar_t>(random) : not_a_number<scalar_t>();
+            grads[t] = mask[t] ? random_value<scalar_t>(random) : not_a_number<scalar_t>();
+            v[t] = to_double(values[t]);
+            g[t] = to_double(grads[t]);
+          }
+          const auto narrow = Discount<acc_t>::from(gamma, lam);
+          const Discount<double> wide{narrow.value, narrow.carry};
+          const auto constants = kernels.constants(narrow);
+          const AffineRule<acc_t> rule(narrow);
+          const acc_t reward = acc_t(0.7), scale = acc_t(0.3);
+          double worst = 0;
+          const auto compare = [&](double got, double want, double rounding) {
+            const double error = std::abs(got - want) - rounding * std::abs(want) * 1.01 - (rounding > 0 ? 0x1p-24 : 0);
+            worst = error <= worst ? worst : error;  // a NaN stays
+          };
+
+          const auto map = kernels.lambda_return(constants, values.data(), mask.data(), T, reward, out.data());
+          const auto alone = kernels.returns_map(constants, values.data(), mask.data(), T);
+          bool same_map = std::memcmp(&map, &alone, sizeof map) == 0;
+          lambda_return_row<double, double>(v.data(), mask.data(), T, reward, wide, expected.data());
+          for (int64_t t = 0; t < T; ++t) compare(to_double(out[t]), expected[t], kRounding<scalar_t>);
+          double carry = reward;
+          for (int64_t t = T - 1; t >= 0; --t) carry = mask[t] ? wide.step(v[t], carry) : carry;
+          compare(rule.apply(map, reward), carry, 0);
+
+          const auto back = kernels.lambda_return_backward(constants, grads.data(), mask.data(), T, 0, adjoint.data());
+          const auto back_alone = kernels.adjoint_map(constants, grads.data(), mask.data(), T);
+          same_map = same_map && std::memcmp(&back, &back_alone, sizeof back) == 0;
+          const double grad_reward =
+              lambda_return_backward_row<double, double>(g.data(), mask.data(), T, wide, expected_adjoint.data());
+          for (int64_t t = 0; t < T; ++t) compare(to_double(adjoint[t]), expected_adjoint[t], kRounding<scalar_t>);
+          compare(
+              rule.apply(back, 0) / std::fmax(1, std::abs(grad_reward)),
+              grad_reward / std::fmax(1, std::abs(grad_reward)), 0);
+
+          for (const uint8_t* counted : {attention.data(), mask.data()}) {
+            SquaredError error;
+            const auto loss_map =
+                kernels.lambda_value_loss(constants, values.data(), counted, mask.data(), T, reward, &error);
+            const SquaredError want =
+                lambda_value_loss_row<double, double>(v.data(), counted, mask.data(), T, reward, wide);
+            compare(error.sum / std::fmax(1, want.sum), want.sum / std::fmax(1, want.sum), 0);
+            compare(error.num_tokens, want.num_tokens, 0);
+            const auto gradient_map = kernels.lambda_value_loss_backward(
+                constants, values.data(), counted, mask.data(), T, reward, scale, gradient.data());
+            same_map = same_map && std::memcmp(&map, &loss_map, sizeof map) == 0 &&
+                       std::memcmp(&map, &gradient_map, sizeof map) == 0;
+            lambda_value_loss_backward_row<double, double>(
+                v.data(), counted, mask.data(), T, reward, wide, scale, expected_gradient.data());
+            for (int64_t t = 0; t < T; ++t) compare(to_double(gradient[t]), expected_gradient[t], kRounding<scalar_t>);
+          }
+          // Sums of up to 20 values around 1 (lam 0.95) are the largest numbers in between.
+          if (!(worst <= 64 * unit) || !same_map) {
+            ++failures;
+            std::printf(
+                "FAILED: %s %s, T %lld, density %g, gamma %g, lam %g: error %g%s\n", set, dtype,
+                static_cast<long long>(T), density, gamma, lam, worst, same_map ? "" : ", maps differ");
+          }
+        }
+      }
+    }
+  }
+}
+
+void check_set(const InstructionSet& set) {
+  check_kernels(set.name, "float64", set.float64);
+  check_kernels(set.name, "float32", set.float32);
+  check_kernels(set.name, "bfloat16", set.bfloat16);
+  check_kernels(set.name, "float16", set.float16);
+  std::printf("%s: checked\n", set.name);
+}
+
+}  // namespace
+
+int main() {
+  for (const InstructionSet* set : {portable(), avx2(), avx512()}) {
+    if (set != nullptr) check_set(*set);
+  }
+#if defined(__x86_64__)
+  if (avx2() != nullptr) {
+    static constexpr InstructionSet halves = instruction_set_named("avx512 in halves");
+    check_set(halves);
+  }
+#endif
+  return failures != 0;
+}
