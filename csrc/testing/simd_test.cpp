@@ -17,8 +17,12 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #pragma GCC diagnostic ignored "-Wpsabi"  // as in portable.cpp
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
+#endif
 namespace lambda_return::cpu {
 namespace {
 constexpr int kLanes = 16;
@@ -27,7 +31,11 @@ constexpr int kLanes = 16;
 #include "cpu/simd/row_kernels.h"
 }  // namespace
 }  // namespace lambda_return::cpu
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
 #pragma GCC pop_options
+#endif
 #endif
 
 using namespace lambda_return;

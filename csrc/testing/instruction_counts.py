@@ -1,0 +1,64 @@
+"""Counts the instructions a token of every CPU kernel, which do not depend on how busy the machine is.
+
+Run it with the program that the CMake target ``instruction_counts`` builds; it needs valgrind.
+
+    python csrc/testing/instruction_counts.py PROGRAM            compares with instruction_counts.json, +5 % allowed
+    python csrc/testing/instruction_counts.py PROGRAM --write    writes that file
+"""
+
+import argparse
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+FIGURES = Path(__file__).with_suffix(".json")
+SETS = ("portable", "avx2")  # valgrind has no AVX-512
+KERNELS = ("lambda_return", "lambda_return_backward", "lambda_value_loss", "lambda_value_loss_backward")
+MASKS = ("dense", "gaps")
+TOKENS = 8192
+ALLOWED = 1.05
+
+
+def instructions(program: str, *arguments: str) -> int:
+    """Return the number of instructions that a run executes."""
+    command = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={os.devnull}", program, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    found = re.search(r"Collected : (\d+)", done.stderr)
+    if done.returncode != 0 or found is None:
+        sys.exit(f"{' '.join(command)} exited with {done.returncode}:\n{done.stderr}")
+    return int(found[1])
+
+
+def per_token(program: str, *case: str) -> float:
+    """Return the instructions a token: the difference of two lengths of work, so that start-up drops out."""
+    short, long = (instructions(program, *case, str(rows)) for rows in (5, 15))
+    return round((long - short) / (10 * TOKENS), 3)
+
+
+def main() -> None:
+    """Compare with the checked-in figures, or write them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("program")
+    parser.add_argument("--compiler", required=True, help="name and version of the compiler, kept with the figures")
+    parser.add_argument("--write", action="store_true")
+    options = parser.parse_args()
+    counted = {" ".join(case): per_token(options.program, *case) for case in itertools.product(SETS, KERNELS, MASKS)}
+    if options.write:
+        figures = {"compiler": options.compiler, "instructions_per_token": counted}
+        FIGURES.with_suffix(".tmp").write_text(json.dumps(figures, indent=2) + "\n")
+        FIGURES.with_suffix(".tmp").replace(FIGURES)
+    figures = json.loads(FIGURES.read_text())["instructions_per_token"]
+    above = False
+    for case, count in counted.items():
+        too_many = count > ALLOWED * figures[case]
+        above = above or too_many
+        print(f"{case:50} {count:7.3f}  was {figures[case]:7.3f}{'  ABOVE +5 %' if too_many else ''}")
+    sys.exit(above)
+
+
+if __name__ == "__main__":
+    main()
