@@ -10,22 +10,12 @@ Tensor lambda_return(
   Tensor returns = torch::stable::new_empty(values, {in.B, in.T});
 
   THO_DISPATCH_V2(values.scalar_type(), "lambda_return", AT_WRAP([&] {
-    using acc_t = accumulate_t<scalar_t>;
-    const auto v = const_rows<kernel_t<scalar_t>>(in.values);
-    const auto m = const_rows<uint8_t>(in.mask);
     const auto g = mutable_rows<kernel_t<scalar_t>>(returns);
-    const auto* r = static_cast<const acc_t*>(in.terminal_rewards.const_data_ptr());
-    const auto discount = Discount<acc_t>::from(gamma, lam);
-    const auto& k = kernels<scalar_t>();
-    const auto constants = k.constants(discount);
-    scan_rows(
-        in.B, in.T, From::kRight, AffineRule<acc_t>(discount), [&](int64_t b) { return r[b]; },
-        [&](const Stretch& s) { return k.returns_map(constants, v[s.row] + s.begin, m[s.row] + s.begin, s.length); },
-        [&](const Stretch& s, acc_t carry) {
-          return k.lambda_return(
-              constants, v[s.row] + s.begin, m[s.row] + s.begin, s.length, carry, g[s.row] + s.begin);
-        },
-        [](int64_t, acc_t) {});
+    scan_returns<scalar_t>(
+        in.values, in.terminal_rewards, in.mask, gamma, lam,
+        [&](const auto& k, const auto& constants, const Stretch& s, auto* v, auto* m, auto carry) {
+          return k.lambda_return(constants, v, m, s.length, carry, g[s.row] + s.begin);
+        });
   }), LAMBDA_RETURN_VALUE_TYPES);
   return returns;
 }

@@ -10,29 +10,16 @@ std::tuple<Tensor, Tensor> lambda_value_loss(
   const LambdaValueLossArguments in(values, terminal_rewards, attention_mask, loss_mask);
   SquaredError error;
   THO_DISPATCH_V2(values.scalar_type(), "lambda_value_loss", AT_WRAP([&] {
-    using acc_t = accumulate_t<scalar_t>;
-    const auto v = const_rows<kernel_t<scalar_t>>(in.values);
     const auto a = const_rows<uint8_t>(in.attention_mask);
-    const auto m = const_rows<uint8_t>(in.loss_mask);
-    const auto* r = static_cast<const acc_t*>(in.terminal_rewards.const_data_ptr());
-    const auto discount = Discount<acc_t>::from(gamma, lam);
-    const auto& k = kernels<scalar_t>();
-    const auto constants = k.constants(discount);
-    // One sum a stretch, added up in order whatever the number of threads.
     const int64_t per_row = stretches_per_row(in.T);
     std::vector<SquaredError> errors(in.B * per_row);
-    scan_rows(
-        in.B, in.T, From::kRight, AffineRule<acc_t>(discount), [&](int64_t b) { return r[b]; },
-        [&](const Stretch& s) { return k.returns_map(constants, v[s.row] + s.begin, m[s.row] + s.begin, s.length); },
-        [&](const Stretch& s, acc_t carry) {
-          return k.lambda_value_loss(
-              constants, v[s.row] + s.begin, a[s.row] + s.begin, m[s.row] + s.begin, s.length, carry,
-              &errors[s.row * per_row + s.index]);
-        },
-        [](int64_t, acc_t) {});
-    for (const SquaredError& part : errors) {
-      error.add(part);
-    }
+    scan_returns<scalar_t>(
+        in.values, in.terminal_rewards, in.loss_mask, gamma, lam,
+        [&](const auto& k, const auto& constants, const Stretch& s, auto* v, auto* m, auto carry) {
+          SquaredError* part = &errors[s.row * per_row + s.index];
+          return k.lambda_value_loss(constants, v, a[s.row] + s.begin, m, s.length, carry, part);
+        });
+    error = sum_in_order(errors);
   }), LAMBDA_RETURN_VALUE_TYPES);
   return mean_and_count(error, values);
 }
@@ -46,25 +33,15 @@ Tensor lambda_value_loss_backward(
   Tensor grad_values = torch::stable::new_empty(values, {in.B, in.T});
 
   THO_DISPATCH_V2(values.scalar_type(), "lambda_value_loss_backward", AT_WRAP([&] {
-    using acc_t = accumulate_t<scalar_t>;
-    const auto v = const_rows<kernel_t<scalar_t>>(in.values);
     const auto a = const_rows<uint8_t>(in.attention_mask);
-    const auto m = const_rows<uint8_t>(in.loss_mask);
     const auto dv = mutable_rows<kernel_t<scalar_t>>(grad_values);
-    const auto* r = static_cast<const acc_t*>(in.terminal_rewards.const_data_ptr());
-    const auto discount = Discount<acc_t>::from(gamma, lam);
-    const acc_t scale = gradient_scale<acc_t>(grad);
-    const auto& k = kernels<scalar_t>();
-    const auto constants = k.constants(discount);
-    scan_rows(
-        in.B, in.T, From::kRight, AffineRule<acc_t>(discount), [&](int64_t b) { return r[b]; },
-        [&](const Stretch& s) { return k.returns_map(constants, v[s.row] + s.begin, m[s.row] + s.begin, s.length); },
-        [&](const Stretch& s, acc_t carry) {
+    const auto scale = gradient_scale<accumulate_t<scalar_t>>(grad);
+    scan_returns<scalar_t>(
+        in.values, in.terminal_rewards, in.loss_mask, gamma, lam,
+        [&](const auto& k, const auto& constants, const Stretch& s, auto* v, auto* m, auto carry) {
           return k.lambda_value_loss_backward(
-              constants, v[s.row] + s.begin, a[s.row] + s.begin, m[s.row] + s.begin, s.length, carry, scale,
-              dv[s.row] + s.begin);
-        },
-        [](int64_t, acc_t) {});
+              constants, v, a[s.row] + s.begin, m, s.length, carry, scale, dv[s.row] + s.begin);
+        });
   }), LAMBDA_RETURN_VALUE_TYPES);
   return grad_values;
 }

@@ -25,16 +25,21 @@ void parallel_rows(int64_t B, int64_t T, const Body& body) {
   });
 }
 
-// The sum over rows of row_error(row), added up in row order whatever the number of threads.
-template <class RowError>
-SquaredError sum_over_rows(int64_t B, int64_t T, const RowError& row_error) {
-  std::vector<SquaredError> errors(B);
-  parallel_rows(B, T, [&](int64_t row) { errors[row] = row_error(row); });
+// The sum of errors in their order, whatever the number of threads that made them.
+inline SquaredError sum_in_order(const std::vector<SquaredError>& errors) {
   SquaredError total;
   for (const SquaredError& error : errors) {
     total.add(error);
   }
   return total;
+}
+
+// The sum over rows of row_error(row), added up in row order.
+template <class RowError>
+SquaredError sum_over_rows(int64_t B, int64_t T, const RowError& row_error) {
+  std::vector<SquaredError> errors(B);
+  parallel_rows(B, T, [&](int64_t row) { errors[row] = row_error(row); });
+  return sum_in_order(errors);
 }
 
 // (loss, num_tokens): the mean in the accumulation dtype of values and the count in int64, both 0-dim.

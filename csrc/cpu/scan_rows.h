@@ -116,4 +116,27 @@ void scan_rows(
   }
 }
 
+// The scan of the lambda-return over values [B, T] and mask [B, T] from terminal_rewards [B]: runs
+//   run(kernels, constants, stretch, values of the stretch, mask of the stretch, carry) -> map
+// on every stretch, where run calls one of the kernels and brings what else that one needs.
+template <class scalar_t, class Run>
+void scan_returns(
+    const Tensor& values, const Tensor& terminal_rewards, const Tensor& mask, double gamma, double lam,
+    const Run& run) {
+  using acc_t = accumulate_t<scalar_t>;
+  const auto v = const_rows<kernel_t<scalar_t>>(values);
+  const auto m = const_rows<uint8_t>(mask);
+  const auto* r = static_cast<const acc_t*>(terminal_rewards.const_data_ptr());
+  const auto discount = Discount<acc_t>::from(gamma, lam);
+  const auto& k = kernels<scalar_t>();
+  const auto constants = k.constants(discount);
+  scan_rows(
+      values.size(0), values.size(1), From::kRight, AffineRule<acc_t>(discount), [&](int64_t b) { return r[b]; },
+      [&](const Stretch& s) { return k.returns_map(constants, v[s.row] + s.begin, m[s.row] + s.begin, s.length); },
+      [&](const Stretch& s, acc_t carry) {
+        return run(k, constants, s, v[s.row] + s.begin, m[s.row] + s.begin, carry);
+      },
+      [](int64_t, acc_t) {});
+}
+
 }  // namespace lambda_return::cpu

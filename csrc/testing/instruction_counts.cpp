@@ -2,7 +2,6 @@
 //
 //   instruction_counts SET KERNEL MASK ROWS     with SET portable or avx2, MASK dense or gaps
 #include <cstdlib>
-#include <cstring>
 #include <string>
 #include <vector>
 

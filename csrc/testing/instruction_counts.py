@@ -2,8 +2,10 @@
 
 Run it with the program that the CMake target ``instruction_counts`` builds; it needs valgrind.
 
-    python csrc/testing/instruction_counts.py PROGRAM            compares with instruction_counts.json, +5 % allowed
-    python csrc/testing/instruction_counts.py PROGRAM --write    writes that file
+    python csrc/testing/instruction_counts.py PROGRAM                     compares with the figures, +5 % allowed
+    python csrc/testing/instruction_counts.py PROGRAM --write COMPILER    writes them to instruction_counts.json
+
+COMPILER is what CMake prints as the compiler's identification; the figures hold for that one alone.
 """
 
 import argparse
@@ -43,12 +45,11 @@ def main() -> None:
     """Compare with the checked-in figures, or write them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("program")
-    parser.add_argument("--compiler", required=True, help="name and version of the compiler, kept with the figures")
-    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--write", metavar="COMPILER", help="write the figures, as those of this compiler")
     options = parser.parse_args()
     counted = {" ".join(case): per_token(options.program, *case) for case in itertools.product(SETS, KERNELS, MASKS)}
     if options.write:
-        figures = {"compiler": options.compiler, "instructions_per_token": counted}
+        figures = {"compiler": options.write, "instructions_per_token": counted}
         FIGURES.with_suffix(".tmp").write_text(json.dumps(figures, indent=2) + "\n")
         FIGURES.with_suffix(".tmp").replace(FIGURES)
     figures = json.loads(FIGURES.read_text())["instructions_per_token"]

@@ -15,27 +15,11 @@
 #include "kernels/lambda_value_loss.h"
 
 #if defined(__x86_64__)
-#include <immintrin.h>
 #pragma GCC diagnostic ignored "-Wpsabi"  // as in portable.cpp
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
-namespace lambda_return::cpu {
-namespace {
-constexpr int kLanes = 16;
-#define LAMBDA_RETURN_FMA 1
+#define LAMBDA_RETURN_TARGET "avx2,fma,f16c"
+#define LAMBDA_RETURN_LANES 16
 #define LAMBDA_RETURN_AVX512 0
-#include "cpu/simd/row_kernels.h"
-}  // namespace
-}  // namespace lambda_return::cpu
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+#include "cpu/simd/x86_kernels.h"
 #endif
 
 using namespace lambda_return;

@@ -60,6 +60,13 @@ template <class Scan, class scalar_t>
 struct Output {
   scalar_t* out;
 
+  LAMBDA_RETURN_INLINE Output at(int64_t t) const { return {out + t}; }
+  template <class Run>
+  LAMBDA_RETURN_INLINE void edge(int64_t t, int64_t count, const Run& run) const {
+    EdgeBuffer<Scan::kTile, scalar_t> buffer;
+    run(Output{buffer.data});
+    std::memcpy(static_cast<void*>(out + t), buffer.data, count * sizeof(scalar_t));
+  }
   LAMBDA_RETURN_INLINE void store_tile(typename Scan::V (&x)[4]) const {
     constexpr int W = Scan::kTile / 4;
     Scan::transpose(x);
@@ -89,12 +96,10 @@ struct CarrySink {
   Output<Scan, scalar_t> out;
   accumulate_of<scalar_t> weight;
 
-  LAMBDA_RETURN_INLINE CarrySink at(int64_t t) const { return {{out.out + t}, weight}; }
+  LAMBDA_RETURN_INLINE CarrySink at(int64_t t) const { return {out.at(t), weight}; }
   template <class Run>
   LAMBDA_RETURN_INLINE void edge(int64_t t, int64_t count, const Run& run) const {
-    EdgeBuffer<Scan::kTile, scalar_t> buffer;
-    run(CarrySink{{buffer.data}, weight});
-    std::memcpy(static_cast<void*>(out.out + t), buffer.data, count * sizeof(scalar_t));
+    out.edge(t, count, [&](const auto& edge_out) LAMBDA_RETURN_INLINE_LAMBDA { run(CarrySink{edge_out, weight}); });
   }
   template <bool kAll>
   LAMBDA_RETURN_INLINE void tile(const V (&)[4], const M (&masked)[4], const V (&before)[4]) const {
@@ -116,6 +121,15 @@ struct Attention {
   const uint8_t* bytes;
 
   LAMBDA_RETURN_INLINE Attention at(int64_t t) const { return {kShared ? nullptr : bytes + t}; }
+  template <class Run>
+  LAMBDA_RETURN_INLINE void edge(int64_t t, int64_t count, const Run& run) const {
+    if constexpr (kShared) {
+      run(*this);
+    } else {
+      const EdgeBuffer<Scan::kTile, uint8_t> buffer(bytes + t, count);
+      run(Attention{buffer.data});
+    }
+  }
 
   // Calls body(all, dropped): whether all tokens are valid in both masks, and which are not.
   template <bool kAll, class Body>
@@ -166,12 +180,8 @@ struct LossSink {
   LAMBDA_RETURN_INLINE LossSink at(int64_t t) const { return {attention.at(t), sums}; }
   template <class Run>
   LAMBDA_RETURN_INLINE void edge(int64_t t, int64_t count, const Run& run) const {
-    if constexpr (kShared) {
-      run(*this);
-    } else {
-      const EdgeBuffer<Scan::kTile, uint8_t> bytes(attention.bytes + t, count);
-      run(LossSink{{bytes.data}, sums});
-    }
+    attention.edge(
+        t, count, [&](const auto& edge_attention) LAMBDA_RETURN_INLINE_LAMBDA { run(LossSink{edge_attention, sums}); });
   }
   template <bool kAll>
   LAMBDA_RETURN_INLINE void tile(const V (&values)[4], const M (&masked)[4], const V (&before)[4]) const {
@@ -200,17 +210,14 @@ struct LossGradientSink {
   Output<Scan, scalar_t> out;
   accumulate_of<scalar_t> scale;
 
-  LAMBDA_RETURN_INLINE LossGradientSink at(int64_t t) const { return {attention.at(t), {out.out + t}, scale}; }
+  LAMBDA_RETURN_INLINE LossGradientSink at(int64_t t) const { return {attention.at(t), out.at(t), scale}; }
   template <class Run>
   LAMBDA_RETURN_INLINE void edge(int64_t t, int64_t count, const Run& run) const {
-    EdgeBuffer<Scan::kTile, scalar_t> buffer;
-    if constexpr (kShared) {
-      run(LossGradientSink{attention, {buffer.data}, scale});
-    } else {
-      const EdgeBuffer<Scan::kTile, uint8_t> bytes(attention.bytes + t, count);
-      run(LossGradientSink{{bytes.data}, {buffer.data}, scale});
-    }
-    std::memcpy(static_cast<void*>(out.out + t), buffer.data, count * sizeof(scalar_t));
+    attention.edge(t, count, [&](const auto& edge_attention) LAMBDA_RETURN_INLINE_LAMBDA {
+      out.edge(t, count, [&](const auto& edge_out) LAMBDA_RETURN_INLINE_LAMBDA {
+        run(LossGradientSink{edge_attention, edge_out, scale});
+      });
+    });
   }
   template <bool kAll>
   LAMBDA_RETURN_INLINE void tile(const V (&values)[4], const M (&masked)[4], const V (&before)[4]) const {
@@ -226,8 +233,7 @@ struct LossGradientSink {
   LAMBDA_RETURN_INLINE void skip() const { out.skip(); }
 };
 
-// ---- one stretch of a row
-// --------------------------------------------------------------------------------------------
+// ---- one stretch of a row -------------------------------------------------------------------------------------------
 
 // One tile at values, mask.
 template <class Scan, class scalar_t, class Sink>

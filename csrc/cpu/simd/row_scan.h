@@ -7,9 +7,9 @@
 //
 //   vector i, lane 4 g + s   is token   W s + 4 g + i   of the tile, of chunk   k = s W/4 + g.
 //
-// Each lane first composes the maps of its own 4 tokens, the W maps are scanned across lanes in log2 W steps, and with
-// the carry that then reaches its chunk each lane runs the plain recurrence over its 4 tokens. Only one multiply-add a
-// tile depends on the tile before it.
+// Each lane first composes the maps of its own 4 tokens, the W maps are scanned across lanes in log2 W steps, and to
+// the carry that then reaches its chunk each lane applies the maps of its first 0, 1, 2 and 3 tokens. Only one
+// multiply-add a tile depends on the tile before it.
 
 // Direction of time: a return looks at what comes later (right to left), its adjoint at what came before.
 enum class Direction { kRightToLeft, kLeftToRight };
@@ -119,8 +119,7 @@ struct RowScan {
     V a[4], b[4];
     for (int j = 0; j < 4; ++j) {
       const int i = in_order(j);
-      b[j] = k.value * values[i];
-      if constexpr (terms == Terms::kCarryOnly && kReverse) b[j] = V{};
+      b[j] = terms == Terms::kCarryOnly && kReverse ? V{} : k.value * values[i];
       if constexpr (terms == Terms::kNoCarry) b[j] = drop(b[j], k.no_value);
       if constexpr (!kAll) b[j] = drop(b[j], masked[i]);
       a[j] = kAll ? k.carry : (masked[i] ? broadcast<V>(acc_t(1)) : k.carry);
@@ -190,12 +189,12 @@ LAMBDA_RETURN_INLINE Fill mask_fill(const uint8_t* bytes) {
 #else
   using Bytes = Vector<uint8_t, kTile>;
   const auto x = load_vector<Bytes>(bytes);
-  uint64_t none[kTile / 8], invalid[kTile / 8];
-  store_vector(none, x);
+  uint64_t words[kTile / 8], invalid[kTile / 8];
+  store_vector(words, x);
   store_vector(invalid, x == 0);
   uint64_t any = 0, missing = 0;
   for (int i = 0; i < kTile / 8; ++i) {
-    any |= none[i];
+    any |= words[i];
     missing |= invalid[i];
   }
   return any == 0 ? Fill::kNone : missing == 0 ? Fill::kAll : Fill::kSome;
