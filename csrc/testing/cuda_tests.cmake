@@ -119,4 +119,18 @@ if(cuda_headers)
   add_test(NAME planted_bugs COMMAND ${planted_bugs})
   set_tests_properties(planted_bugs PROPERTIES TIMEOUT 600)
   add_custom_target(planted_bugs_page COMMAND ${planted_bugs} --write VERBATIM)
+
+  # The Python module that tests/ops/test_emulated_kernels.py builds: cmake --build BUILD --target emulated_kernels
+  execute_process(
+    COMMAND ${Python_EXECUTABLE} -c "import pybind11; print(pybind11.get_include(), end='')"
+    OUTPUT_VARIABLE pybind11_include RESULT_VARIABLE pybind11_missing ERROR_QUIET)
+  find_package(Python 3.10 COMPONENTS Interpreter Development.Module QUIET)
+  if(pybind11_missing OR NOT Python_Development.Module_FOUND)
+    message(STATUS "emulated_kernels: skipped, it needs pybind11 and Python's headers")
+  else()
+    Python_add_library(emulated_kernels MODULE EXCLUDE_FROM_ALL ${testing}/emulated_kernels.cpp)
+    target_link_libraries(emulated_kernels PRIVATE kernels Threads::Threads)
+    target_include_directories(emulated_kernels SYSTEM PRIVATE ${cuda_headers} ${pybind11_include})
+    target_compile_options(emulated_kernels PRIVATE ${EMULATOR_FLAGS_plain} -Wno-unknown-pragmas)
+  endif()
 endif()

@@ -1,0 +1,117 @@
+"""The CUDA kernels under the emulator, called in a process of their own: a fault that it reports ends that process."""
+
+import importlib
+import importlib.util
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def build_emulated_kernels(folder: Path) -> None:
+    """Build the Python module into folder, or skip the test: a user's machine may lack what it takes."""
+    if not shutil.which("cmake") or importlib.util.find_spec("pybind11") is None or not (REPOSITORY / "csrc").is_dir():
+        pytest.skip("the emulated CUDA kernels need the source tree, cmake and pybind11")
+    configure = ["cmake", "-S", REPOSITORY, "-B", folder, f"-DPython_EXECUTABLE={sys.executable}"]
+    configured = subprocess.run(list(map(str, configure)), capture_output=True, text=True)
+    assert configured.returncode == 0, configured.stdout + configured.stderr
+    skipped = [line for line in configured.stdout.splitlines() if ": skipped, " in line]
+    if skipped:
+        pytest.skip("; ".join(line.removeprefix("-- ") for line in skipped))
+    built = subprocess.run(
+        ["cmake", "--build", str(folder), "--target", "emulated_kernels"], capture_output=True, text=True
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+
+
+# ---- arrays ------------------------------------------------------------------------------------------------------
+
+
+class Matrix(NamedTuple):
+    """A [B, T] matrix inside a flat array: pickling keeps where its rows start, which an array's own does not."""
+
+    memory: np.ndarray
+    offset: int
+    shape: tuple[int, int]
+    stride: int
+
+    def array(self) -> np.ndarray:
+        item = self.memory.itemsize
+        assert self.memory.ctypes.data % 16 == 0
+        return np.lib.stride_tricks.as_strided(self.memory[self.offset :], self.shape, (self.stride * item, item))
+
+
+def to_numpy(x: Tensor) -> np.ndarray:
+    """Return x as an array; bfloat16 as its bits, masks as bytes."""
+    if x.dtype == torch.bfloat16:
+        return x.contiguous().view(torch.uint16).numpy()
+    return x.contiguous().view(torch.uint8).numpy() if x.dtype == torch.bool else x.numpy()
+
+
+def to_torch(x: np.ndarray) -> Tensor:
+    tensor = torch.from_numpy(x)
+    return tensor.view(torch.bfloat16) if x.dtype == np.uint16 else tensor
+
+
+def laid_out(x: Tensor, offset: int = 0, gap: int = 0) -> Matrix:
+    """Return x [B, T] with its first row `offset` elements after an aligned address and `gap` elements between rows.
+
+    Around the rows are NaN, or valid tokens.
+    """
+    B, T = x.shape
+    memory = np.full(offset + B * (T + gap) + 1, 0xFF, dtype=np.uint8).repeat(x.element_size())
+    matrix = Matrix(memory.view(to_numpy(x).dtype), offset, (B, T), T + gap)
+    matrix.array()[:] = to_numpy(x)
+    return matrix
+
+
+# ---- the process -------------------------------------------------------------------------------------------------
+
+
+def _call(folder: str, name: str, arguments: tuple[Any, ...]) -> Any:
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    attribute = getattr(importlib.import_module("emulated_kernels"), name)
+    if not callable(attribute):
+        return attribute
+    return attribute(*(x.array() if isinstance(x, Matrix) else x for x in arguments))
+
+
+class EmulatedKernels:
+    """The functions and constants of the module, each called in the other process."""
+
+    def __init__(self, folder: Path):
+        self._folder = str(folder)
+        self._pool = self._new_pool()
+
+    @staticmethod
+    def _new_pool() -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn"))
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        try:
+            return self._pool.submit(_call, self._folder, name, arguments).result()
+        except BrokenProcessPool:
+            self._pool = self._new_pool()
+            pytest.fail(f"{name}: the emulator found a fault, and says which in the captured output")
+
+    def __getattr__(self, name: str) -> Any:
+        return partial(self.call, name)
+
+    def constant(self, name: str) -> int:
+        return self.call(name)
+
+    def close(self) -> None:
+        self._pool.shutdown()
