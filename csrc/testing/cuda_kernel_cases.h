@@ -422,7 +422,7 @@ inline constexpr double kRounding<__nv_bfloat16> = 0x1p-7;
 // accumulation type at that scale, though they may cancel to less.
 template <class scalar_t>
 bool is_close(double actual, double exact) {
-  constexpr double kAccumulated = 256 * kRounding<accumulate_t<scalar_t>>;
+  constexpr double kAccumulated = 64 * kRounding<accumulate_t<scalar_t>>;
   return actual == exact || std::abs(actual - exact) <=
                                 kRounding<scalar_t> * std::abs(exact) + kAccumulated * std::fmax(1.0, std::abs(exact));
 }
