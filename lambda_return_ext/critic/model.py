@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import inspect
 import io
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -211,20 +212,24 @@ def compute_features(
     return features
 
 
-def continue_prompt(model: nn.Module, group: PromptGroup) -> tuple[Any, Any]:
+def continue_prompt(model: Any, group: PromptGroup) -> tuple[Any, Any]:
     """Run a transformers model over a prompt and then, from its key-value cache, over all solutions at once.
 
     Returns:
         The model's output for the prompt [1, P, ...] and for the solutions [N, T, ...], padded on the right.
     """
+    from transformers import DynamicCache
+
     device = next(model.parameters()).device
     prompt_ids, solutions = group
     rows = [torch.tensor(solution.output_ids) for solution in solutions]
     output_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
     lengths = torch.tensor([len(row) + len(prompt_ids) for row in rows], device=device)
     attention_mask = torch.arange(len(prompt_ids) + output_ids.shape[1], device=device) < lengths[:, None]
-    prompt = model(input_ids=torch.tensor([prompt_ids], device=device), use_cache=True)
-    cache = prompt.past_key_values
+    # transformers 5.24 renamed the argument, and the old name warns there.
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    cache = DynamicCache(config=model.config)
+    prompt = model(input_ids=torch.tensor([prompt_ids], device=device), use_cache=True, **{name: cache})
     cache.batch_repeat_interleave(len(solutions))
-    output = model(input_ids=output_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True)
+    output = model(input_ids=output_ids, attention_mask=attention_mask, use_cache=True, **{name: cache})
     return prompt, output
