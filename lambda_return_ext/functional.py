@@ -11,10 +11,11 @@ device or range, before anything is computed.
 
 import math
 from numbers import Real
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ._registrations import call
 
 _ops = torch.ops.lambda_return
 
@@ -79,16 +80,6 @@ def check_unit_interval(name: str, x: float) -> float:
     return x
 
 
-def _call(operator: Any, *args: Any) -> Any:
-    """Call an operator, past its Python autograd kernel where no gradient is wanted: half the cost of a small call."""
-    if torch.compiler.is_compiling() or (
-        torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
-    ):
-        return operator(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator(*args)
-
-
 # ---- returns and losses ------------------------------------------------------------------------------------------
 
 
@@ -128,7 +119,7 @@ def compute_lambda_return(
     _check_rewards("terminal_rewards", terminal_rewards, values)
     _check_like("loss_mask", loss_mask, values)
     gamma, lam = check_unit_interval("gamma", gamma), check_unit_interval("lam", lam)
-    return _call(_ops.lambda_return.default, values, terminal_rewards, loss_mask, gamma, lam)
+    return call(_ops.lambda_return.default, values, terminal_rewards, loss_mask, gamma, lam)
 
 
 def compute_lambda_value_loss(
@@ -171,10 +162,7 @@ def compute_lambda_value_loss(
     _check_like("attention_mask", attention_mask, values)
     _check_like("loss_mask", loss_mask, values)
     gamma, lam = check_unit_interval("gamma", gamma), check_unit_interval("lam", lam)
-    loss, _num_tokens = _call(
-        _ops.lambda_value_loss.default, values, terminal_rewards, attention_mask, loss_mask, gamma, lam
-    )
-    return loss
+    return call(_ops.lambda_value_loss.default, values, terminal_rewards, attention_mask, loss_mask, gamma, lam)
 
 
 def compute_mc_value_loss(value_logits: Tensor, rewards: Tensor, attention_mask: Tensor, loss_mask: Tensor) -> Tensor:
@@ -199,8 +187,7 @@ def compute_mc_value_loss(value_logits: Tensor, rewards: Tensor, attention_mask:
     _check_rewards("rewards", rewards, values)
     _check_like("attention_mask", attention_mask, values)
     _check_like("loss_mask", loss_mask, values)
-    loss, _num_tokens = _call(_ops.lambda_value_loss.default, values, rewards, attention_mask, loss_mask, 1.0, 1.0)
-    return loss
+    return call(_ops.lambda_value_loss.default, values, rewards, attention_mask, loss_mask, 1.0, 1.0)
 
 
 def masked_mse(values: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
@@ -228,8 +215,7 @@ def masked_mse(values: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
         wanted = f"{values.dtype} or torch.float32" if half else str(values.dtype)
         raise TypeError(f"targets must be {wanted} for values of {values.dtype}, got {targets.dtype}")
     _check_like("mask", mask, values)
-    loss, _num_tokens = _call(_ops.masked_mse.default, values, targets, mask)
-    return loss
+    return call(_ops.masked_mse.default, values, targets, mask)
 
 
 def create_eos_only_mask(loss_mask: Tensor) -> Tensor:
@@ -252,7 +238,7 @@ def create_eos_only_mask(loss_mask: Tensor) -> Tensor:
         raise TypeError(f"loss_mask must be float32, bfloat16, float16 or float64 if floating, got {loss_mask.dtype}")
     if loss_mask.dim() != 2:
         raise ValueError(f"loss_mask must have shape [B, T], got {list(loss_mask.shape)}")
-    return _call(_ops.eos_mask.default, loss_mask.detach()).to(torch.float32)
+    return call(_ops.eos_mask.default, loss_mask.detach()).to(torch.float32)
 
 
 # ---- right and wrong solutions in pairs --------------------------------------------------------------------------
