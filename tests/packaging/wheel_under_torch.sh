@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Builds one wheel with the torch of .venv and runs the operator tests with it under other versions of torch.
+# Builds one wheel with the torch of .venv and runs the operator tests with it under other versions of torch. Where such
+# a torch is of the CUDA release of the nvcc at hand, the CUDA kernels are built, linked and loaded with it too.
 #
 #   tests/packaging/wheel_under_torch.sh 2.10.0 2.14.1
 set -euo pipefail
@@ -16,9 +17,12 @@ cp -r tests/ops "$repository/pyproject.toml" "$scratch/suite"
 
 for version in "$@"; do
   python3 -m venv "$scratch/env"
-  "$scratch/env/bin/pip" install --quiet "torch==$version" numpy pytest hypothesis "$scratch"/wheel/*.whl
+  "$scratch/env/bin/pip" install --quiet "torch==$version" numpy pytest hypothesis 'setuptools>=77' ninja \
+    "$scratch"/wheel/*.whl
   (cd "$scratch/suite" && "$scratch/env/bin/python" -c \
     "import torch, lambda_return_ext as lr; print('torch', torch.__version__, 'with', lr.__file__)")
   (cd "$scratch/suite" && "$scratch/env/bin/python" -m pytest -q ops)
+  # Not `python -m pytest`, which would import the package from the sources.
+  "$scratch/env/bin/pytest" -q tests/packaging/test_cuda_build.py -k build_and_load
   rm -rf "$scratch/env"
 done
