@@ -26,4 +26,30 @@ STABLE_TORCH_LIBRARY(lambda_return, m) {
       "Tensor mask) -> Tensor");
 
   m.def("eos_mask(Tensor mask) -> Tensor");
+
+  // The general forms. gamma and lam are float64 tensors, 0-dim or [B]; values, rewards, masks and old_values are
+  // [B, T], or [total] where cu_seqlens [B + 1] says where each sequence begins; no mask: every token is valid.
+  m.def(
+      "td_lambda(Tensor values, Tensor terminal_rewards, Tensor? mask, Tensor? rewards, Tensor? cu_seqlens, "
+      "Tensor gamma, Tensor lam, bool advantages=False) -> Tensor");
+  m.def(
+      "td_lambda_backward(Tensor grad_returns, Tensor? mask, Tensor? cu_seqlens, Tensor gamma, Tensor lam, "
+      "bool with_rewards=False) -> (Tensor grad_values, Tensor grad_terminal_rewards, Tensor grad_rewards)");
+  m.def(
+      "td_lambda_pair(Tensor values, Tensor terminal_rewards, Tensor? mask, Tensor? rewards, Tensor? cu_seqlens, "
+      "Tensor gamma, Tensor lam_returns, Tensor lam_advantages) -> (Tensor returns, Tensor advantages)");
+  // (a, b) [B, 2] of each sequence: the carry H that enters it at its end leaves it at its beginning as a H + b.
+  m.def(
+      "td_lambda_map(Tensor values, Tensor? mask, Tensor? rewards, Tensor? cu_seqlens, Tensor gamma, Tensor lam) "
+      "-> Tensor");
+  // kind and reduction: LossKind and Reduction in kernels/token_loss.h. scale [B] is d loss / d (sum of the losses of a
+  // sequence's tokens); statistics [6] are n, sum G, sum G^2, sum (G - V), sum (G - V)^2 and the clipped tokens.
+  m.def(
+      "td_lambda_loss(Tensor values, Tensor terminal_rewards, Tensor? mask, Tensor? attention_mask, Tensor? rewards, "
+      "Tensor? old_values, Tensor? cu_seqlens, Tensor gamma, Tensor lam, Tensor? normalizer, int kind=0, "
+      "float delta=1.0, float clip_range=0.0, int reduction=0) -> (Tensor loss, Tensor scale, Tensor statistics)");
+  m.def(
+      "td_lambda_loss_backward(Tensor grad_loss, Tensor scale, Tensor values, Tensor terminal_rewards, Tensor? mask, "
+      "Tensor? attention_mask, Tensor? rewards, Tensor? old_values, Tensor? cu_seqlens, Tensor gamma, Tensor lam, "
+      "int kind=0, float delta=1.0, float clip_range=0.0, int reduction=0) -> Tensor");
 }

@@ -36,9 +36,15 @@ from .functional import (
     compute_pairwise_accuracy,
     compute_token_variance,
     create_eos_only_mask,
+    explained_variance,
+    gae,
     init_value_head_bias,
+    lambda_return_varlen,
+    lambda_value_loss_varlen,
     masked_mse,
+    masked_whiten,
     pairwise_ranking_loss,
+    returns_and_advantages,
 )
 from .modules import LambdaReturn, LambdaValueLoss
 
@@ -75,7 +81,13 @@ __all__ = [
     "compute_pairwise_accuracy",
     "compute_token_variance",
     "create_eos_only_mask",
+    "explained_variance",
+    "gae",
     "init_value_head_bias",
+    "lambda_return_varlen",
+    "lambda_value_loss_varlen",
     "masked_mse",
+    "masked_whiten",
     "pairwise_ranking_loss",
+    "returns_and_advantages",
 ]

@@ -17,6 +17,12 @@ _OPERATORS = (
     "masked_mse",
     "masked_mse_backward",
     "eos_mask",
+    "td_lambda",
+    "td_lambda_backward",
+    "td_lambda_pair",
+    "td_lambda_map",
+    "td_lambda_loss",
+    "td_lambda_loss_backward",
 )
 available = False  # whether load() found kernels for this torch
 _stubs = torch.library.Library("lambda_return", "IMPL")

@@ -14,21 +14,30 @@ from torch.library import register_autograd, register_fake
 
 _ops = torch.ops.lambda_return
 
+# In the order of csrc/kernels/token_loss.h.
+LOSS_KINDS = ("mse", "huber", "smooth_l1", "bce", "bce_with_logits")
+REDUCTIONS = ("token_mean", "sequence_mean", "sum", "none")
+
 # ---- calls -------------------------------------------------------------------------------------------------------
 
-# The same formulas as plain autograd functions, by operator; their forward returns the operator's first output.
+# The same formulas as plain autograd functions, by operator.
 _functions: dict[Any, type[Function]] = {}
 
 
-def _register_autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
+def _register_autograd(
+    name: str, backward: Callable[..., Any], setup_context: Callable[..., None], constants: int = 0
+) -> None:
+    """Register the formulas; the last ``constants`` outputs have no gradient."""
     register_autograd(f"lambda_return::{name}", backward, setup_context=setup_context)
     operator = getattr(_ops, name).default
 
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
+    def forward(ctx: Any, *inputs: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             output = operator(*inputs)
         setup_context(ctx, inputs, output)
-        return output[0] if isinstance(output, tuple) else output
+        if constants:
+            ctx.mark_non_differentiable(*output[-constants:])
+        return output
 
     _functions[operator] = type(
         name, (Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)}
@@ -44,19 +53,17 @@ def _call_in_backward(operator: Any, *args: Any) -> Any:
 
 
 def call(operator: Any, *args: Any) -> Any:
-    """Call an operator and return its first output, past torch's Python autograd kernel where that changes nothing.
+    """Call an operator, past torch's Python autograd kernel where that changes nothing.
 
     Of a call on a few tokens that kernel is more than half. It is needed where torch looks at operators as a whole:
     under torch.compile and torch.export, and under the transforms of torch.func.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        output = operator(*args)
-    elif torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+        return operator(*args)
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
         return _functions[operator].apply(*args)
-    else:
-        with torch._C._AutoDispatchBelowAutograd():
-            output = operator(*args)
-    return output[0] if isinstance(output, tuple) else output
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*args)
 
 
 # ---- fake implementations ------------------------------------------------------------------------------------------
@@ -164,14 +171,14 @@ def _lambda_value_loss_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tens
 
 
 def _lambda_value_loss_backward(
-    ctx: Any, grad_loss: Tensor, _grad_num_tokens: None = None
+    ctx: Any, grad_loss: Tensor, _grad_num_tokens: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     operator = _ops.lambda_value_loss_backward.default
     grad_values = _call_in_backward(operator, grad_loss, *ctx.saved_tensors, ctx.gamma, ctx.lam)
     return grad_values, None, None, None, None, None
 
 
-_register_autograd("lambda_value_loss", _lambda_value_loss_backward, _lambda_value_loss_setup)
+_register_autograd("lambda_value_loss", _lambda_value_loss_backward, _lambda_value_loss_setup, constants=1)
 
 # ---- masked_mse: d loss / d targets is minus d loss / d values ---------------------------------------------------
 
@@ -193,7 +200,7 @@ def _masked_mse_setup(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor
     ctx.save_for_backward(num_tokens, *inputs)
 
 
-def _masked_mse_backward(ctx: Any, grad_loss: Tensor, _grad_num_tokens: None = None) -> tuple[Tensor | None, ...]:
+def _masked_mse_backward(ctx: Any, grad_loss: Tensor, _grad_num_tokens: Tensor | None) -> tuple[Tensor | None, ...]:
     num_tokens, values, targets, mask = ctx.saved_tensors
     operator = _ops.masked_mse_backward.default
     grad_values = _call_in_backward(operator, grad_loss, num_tokens, values, targets, mask)
@@ -206,7 +213,193 @@ def _masked_mse_backward(ctx: Any, grad_loss: Tensor, _grad_num_tokens: None = N
     return grad_values, grad_targets, None
 
 
-_register_autograd("masked_mse", _masked_mse_backward, _masked_mse_setup)
+_register_autograd("masked_mse", _masked_mse_backward, _masked_mse_setup, constants=1)
+
+# ---- td_lambda: the general return; gamma and lam have no gradient -------------------------------------------------
+
+
+def _check_optional_devices(first: Tensor, *others: Tensor | None) -> None:
+    _check_devices(first, *(other for other in others if other is not None))
+
+
+def _fake_rows(tokens: Tensor, cu_seqlens: Tensor | None) -> Any:
+    """Return the number of sequences."""
+    return tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+@register_fake("lambda_return::td_lambda")
+def _(
+    values: Tensor,
+    terminal_rewards: Tensor,
+    mask: Tensor | None,
+    rewards: Tensor | None,
+    cu_seqlens: Tensor | None,
+    gamma: Tensor,
+    lam: Tensor,
+    advantages: bool = False,
+) -> Tensor:
+    _check_optional_devices(values, terminal_rewards, mask, rewards, cu_seqlens, gamma, lam)
+    return values.new_empty(values.shape)
+
+
+@register_fake("lambda_return::td_lambda_backward")
+def _(
+    grad_returns: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    gamma: Tensor,
+    lam: Tensor,
+    with_rewards: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_optional_devices(grad_returns, mask, cu_seqlens, gamma, lam)
+    dtype = _accumulate_dtype(grad_returns)
+    return (
+        grad_returns.new_empty(grad_returns.shape),
+        grad_returns.new_empty(_fake_rows(grad_returns, cu_seqlens), dtype=dtype),
+        grad_returns.new_empty(grad_returns.shape if with_rewards else (0,), dtype=dtype),
+    )
+
+
+@register_fake("lambda_return::td_lambda_pair")
+def _(
+    values: Tensor,
+    terminal_rewards: Tensor,
+    mask: Tensor | None,
+    rewards: Tensor | None,
+    cu_seqlens: Tensor | None,
+    gamma: Tensor,
+    lam_returns: Tensor,
+    lam_advantages: Tensor,
+) -> tuple[Tensor, Tensor]:
+    _check_optional_devices(values, terminal_rewards, mask, rewards, cu_seqlens, gamma, lam_returns, lam_advantages)
+    return values.new_empty(values.shape), values.new_empty(values.shape)
+
+
+@register_fake("lambda_return::td_lambda_map")
+def _(
+    values: Tensor,
+    mask: Tensor | None,
+    rewards: Tensor | None,
+    cu_seqlens: Tensor | None,
+    gamma: Tensor,
+    lam: Tensor,
+) -> Tensor:
+    _check_optional_devices(values, mask, rewards, cu_seqlens, gamma, lam)
+    return values.new_empty((_fake_rows(values, cu_seqlens), 2), dtype=_accumulate_dtype(values))
+
+
+def _td_lambda_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    _values, terminal_rewards, mask, rewards, cu_seqlens, gamma, lam, ctx.advantages = inputs
+    ctx.rewards_dtypes = terminal_rewards.dtype, None if rewards is None else rewards.dtype
+    ctx.save_for_backward(mask, cu_seqlens, gamma, lam)
+
+
+def _td_lambda_backward(ctx: Any, grad_returns: Tensor) -> tuple[Tensor | None, ...]:
+    mask, cu_seqlens, gamma, lam = ctx.saved_tensors
+    terminal_dtype, rewards_dtype = ctx.rewards_dtypes
+    with_rewards = rewards_dtype is not None and ctx.needs_input_grad[3]
+    grad_values, grad_terminal, grad_rewards = _call_in_backward(
+        _ops.td_lambda_backward.default, grad_returns, mask, cu_seqlens, gamma, lam, with_rewards
+    )
+    if ctx.advantages:  # G - V
+        grad_values = grad_values - (grad_returns if mask is None else torch.where(mask != 0, grad_returns, 0.0))
+    grad_rewards = grad_rewards.to(rewards_dtype) if with_rewards else None
+    return grad_values, grad_terminal.to(terminal_dtype), None, grad_rewards, None, None, None, None
+
+
+def _td_lambda_backward_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    _grad_returns, mask, cu_seqlens, gamma, lam, ctx.with_rewards = inputs
+    ctx.save_for_backward(mask, cu_seqlens, gamma, lam)
+
+
+def _td_lambda_backward_backward(
+    ctx: Any, grad_grad_values: Tensor, grad_grad_terminal: Tensor, grad_grad_rewards: Tensor
+) -> tuple[Tensor | None, ...]:
+    mask, cu_seqlens, gamma, lam = ctx.saved_tensors
+    rewards = grad_grad_rewards if ctx.with_rewards else None
+    grad_grad_returns = _ops.td_lambda.default(
+        grad_grad_values, grad_grad_terminal, mask, rewards, cu_seqlens, gamma, lam
+    )
+    return grad_grad_returns, None, None, None, None, None
+
+
+_register_autograd("td_lambda", _td_lambda_backward, _td_lambda_setup)
+register_autograd(
+    "lambda_return::td_lambda_backward", _td_lambda_backward_backward, setup_context=_td_lambda_backward_setup
+)
+
+# ---- td_lambda_loss: the targets are constants, gradients reach values only --------------------------------------
+
+
+@register_fake("lambda_return::td_lambda_loss")
+def _(
+    values: Tensor,
+    terminal_rewards: Tensor,
+    mask: Tensor | None,
+    attention_mask: Tensor | None,
+    rewards: Tensor | None,
+    old_values: Tensor | None,
+    cu_seqlens: Tensor | None,
+    gamma: Tensor,
+    lam: Tensor,
+    normalizer: Tensor | None,
+    kind: int = 0,
+    delta: float = 1.0,
+    clip_range: float = 0.0,
+    reduction: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_optional_devices(
+        values, terminal_rewards, mask, attention_mask, rewards, old_values, cu_seqlens, gamma, lam, normalizer
+    )
+    dtype = _accumulate_dtype(values)
+    shape = values.shape if reduction == REDUCTIONS.index("none") else ()
+    return (
+        values.new_empty(shape, dtype=dtype),
+        values.new_empty(_fake_rows(values, cu_seqlens), dtype=dtype),
+        values.new_empty(6, dtype=torch.float64),
+    )
+
+
+@register_fake("lambda_return::td_lambda_loss_backward")
+def _(
+    grad_loss: Tensor,
+    scale: Tensor,
+    values: Tensor,
+    terminal_rewards: Tensor,
+    mask: Tensor | None,
+    attention_mask: Tensor | None,
+    rewards: Tensor | None,
+    old_values: Tensor | None,
+    cu_seqlens: Tensor | None,
+    gamma: Tensor,
+    lam: Tensor,
+    kind: int = 0,
+    delta: float = 1.0,
+    clip_range: float = 0.0,
+    reduction: int = 0,
+) -> Tensor:
+    _check_optional_devices(
+        values, grad_loss, scale, terminal_rewards, mask, attention_mask, rewards, old_values, cu_seqlens, gamma, lam
+    )
+    return values.new_empty(values.shape)
+
+
+def _td_lambda_loss_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, _normalizer, kind, delta, clip_range, reduction = inputs
+    ctx.options = kind, delta, clip_range, reduction
+    _loss, scale, _statistics = output
+    ctx.save_for_backward(scale, *tensors)
+
+
+def _td_lambda_loss_backward(
+    ctx: Any, grad_loss: Tensor, _grad_scale: Tensor | None, _grad_statistics: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    operator = _ops.td_lambda_loss_backward.default
+    grad_values = _call_in_backward(operator, grad_loss, *ctx.saved_tensors, *ctx.options)
+    return grad_values, *[None] * 13
+
+
+_register_autograd("td_lambda_loss", _td_lambda_loss_backward, _td_lambda_loss_setup, constants=2)
 
 # ---- eos_mask: not differentiable ---------------------------------------------------------------------------------
 
@@ -232,3 +425,6 @@ def _unsupported(name: str, what: str) -> None:
 _unsupported("lambda_value_loss_backward", "the fused loss has no second derivative; write it with lambda_return")
 _unsupported("masked_mse_backward", "the fused loss has no second derivative; write it in torch operations")
 _unsupported("eos_mask", "a mask has no gradient")
+_unsupported("td_lambda_pair", "its outputs are targets and have no gradient; use td_lambda for each")
+_unsupported("td_lambda_map", "the map of a chunk has no gradient; see lambda_return_ext.distributed")
+_unsupported("td_lambda_loss_backward", "the fused loss has no second derivative; give it detach_targets=False")

@@ -11,80 +11,85 @@ device or range, before anything is computed.
 
 import math
 from numbers import Real
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ._registrations import call
+from . import reference
+from ._arguments import (
+    VALUE_DTYPES,
+    check_choice,
+    check_cu_seqlens,
+    check_discount,
+    check_like,
+    check_packed_values,
+    check_positive,
+    check_rewards,
+    check_tensor,
+    check_unit_interval,
+    check_value_logits,
+    check_values,
+)
+from ._registrations import LOSS_KINDS, REDUCTIONS, call
 
 _ops = torch.ops.lambda_return
-
-_VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-# ---- arguments ---------------------------------------------------------------------------------------------------
-
-
-def _check_tensor(name: str, x: object) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-
-
-def _check_values(name: str, values: Tensor) -> Tensor:
-    _check_tensor(name, values)
-    if values.dtype not in _VALUE_DTYPES:
-        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {values.dtype}")
-    if values.dim() != 2:
-        raise ValueError(f"{name} must have shape [B, T], got {list(values.shape)}")
-    return values
-
-
-def _check_value_logits(name: str, value_logits: Tensor) -> Tensor:
-    """Check [B, T] or [B, T, 1] and return [B, T]."""
-    _check_tensor(name, value_logits)
-    if value_logits.dim() == 3 and value_logits.shape[-1] == 1:
-        value_logits = value_logits.squeeze(-1)
-    if value_logits.dim() != 2:
-        raise ValueError(f"{name} must have shape [B, T] or [B, T, 1], got {list(value_logits.shape)}")
-    return _check_values(name, value_logits)
-
-
-def _check_like(name: str, x: Tensor, values: Tensor) -> None:
-    _check_tensor(name, x)
-    if x.is_complex():
-        raise TypeError(f"{name} must have a real dtype, got {x.dtype}")
-    if x.shape != values.shape:
-        raise ValueError(f"{name} must have the shape of the values, {list(values.shape)}, got {list(x.shape)}")
-    if x.device != values.device:
-        raise ValueError(f"{name} must be on the device of the values, {values.device}, got {x.device}")
-
-
-def _check_rewards(name: str, rewards: Tensor, values: Tensor) -> None:
-    _check_tensor(name, rewards)
-    if rewards.is_complex():
-        raise TypeError(f"{name} must have a real dtype, got {rewards.dtype}")
-    if rewards.dim() != 1 or rewards.shape[0] != values.shape[0]:
-        raise ValueError(f"{name} must have shape [B] = [{values.shape[0]}], got {list(rewards.shape)}")
-    if rewards.device != values.device:
-        raise ValueError(f"{name} must be on the device of the values, {values.device}, got {rewards.device}")
-
-
-def check_unit_interval(name: str, x: float) -> float:
-    """Return ``x`` as a float if it is a real number in [0, 1]; raise TypeError or ValueError otherwise."""
-    if type(x) is not float:
-        if isinstance(x, bool) or not isinstance(x, Real):
-            raise TypeError(f"{name} must be a float, got {type(x).__name__}")
-        x = float(x)
-    if not 0.0 <= x <= 1.0:  # also refuses NaN
-        raise ValueError(f"{name} must be in [0, 1], got {x}")
-    return x
 
 
 # ---- returns and losses ------------------------------------------------------------------------------------------
 
 
+class _Scan(NamedTuple):
+    """The arguments that the general operators share, in their order."""
+
+    values: Tensor
+    terminal_rewards: Tensor
+    mask: Tensor | None
+    rewards: Tensor | None
+    cu_seqlens: Tensor | None
+    gamma: Tensor
+    lam: Tensor
+
+    @property
+    def rows(self) -> int:
+        return self.terminal_rewards.shape[0]
+
+
+def _check_scan(
+    values: Tensor,
+    terminal_rewards: Tensor,
+    loss_mask: Tensor | None,
+    gamma: float | Tensor,
+    lam: float | Tensor,
+    rewards: Tensor | None,
+    bootstrap_values: Tensor | None,
+    cu_seqlens: Tensor | None,
+    lam_name: str = "lam",
+    mask_name: str = "loss_mask",
+) -> _Scan:
+    rows = values.shape[0] if cu_seqlens is None else check_cu_seqlens(cu_seqlens, values)
+    check_rewards("terminal_rewards", terminal_rewards, values, rows)
+    if loss_mask is not None or cu_seqlens is None:
+        check_like(mask_name, loss_mask, values)
+    if rewards is not None:
+        check_like("rewards", rewards, values)
+    gamma, lam = check_discount("gamma", gamma, values, rows), check_discount(lam_name, lam, values, rows)
+    if bootstrap_values is not None:
+        check_rewards("bootstrap_values", bootstrap_values, values, rows)
+        dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
+        terminal_rewards = terminal_rewards.to(dtype) + gamma.to(dtype) * bootstrap_values.to(dtype)
+    return _Scan(values, terminal_rewards, loss_mask, rewards, cu_seqlens, gamma, lam)
+
+
 def compute_lambda_return(
-    values: Tensor, terminal_rewards: Tensor, loss_mask: Tensor, gamma: float = 1.0, lam: float = 0.95
+    values: Tensor,
+    terminal_rewards: Tensor,
+    loss_mask: Tensor,
+    gamma: float | Tensor = 1.0,
+    lam: float | Tensor = 0.95,
+    *,
+    rewards: Tensor | None = None,
+    bootstrap_values: Tensor | None = None,
 ) -> Tensor:
     r"""TD(lambda) targets of masked sequences with one terminal reward each.
 
@@ -95,16 +100,25 @@ def compute_lambda_return(
         G_{p_i} = \gamma \left( (1 - \lambda) V_{p_{i+1}} + \lambda G_{p_{i+1}} \right),
 
     and G = 0 at masked positions. Gaps in the mask cost no discount. ``lam=1`` gives the Monte-Carlo target
-    (with ``gamma=1``, R everywhere) and never reads ``values``; ``lam=0`` uses only the next value.
+    (with ``gamma=1``, R everywhere) and never reads ``values``; ``lam=0`` uses only the next value. With rewards r at
+    every step and a bootstrap value b, which stands for the value after the end of a truncated sequence,
 
-    Differentiable, to any order, in ``values`` and ``terminal_rewards``; detach the result to use it as a target.
+    .. math::
+        G_{p_n} = r_{p_n} + R + \gamma b, \qquad
+        G_{p_i} = r_{p_i} + \gamma \left( (1 - \lambda) V_{p_{i+1}} + \lambda G_{p_{i+1}} \right).
+
+    Differentiable, to any order, in everything but gamma and lam; detach the result to use it as a target.
 
     Args:
         values: V, [B, T]; float32, bfloat16, float16 or float64. Accumulated in float32 (float64 for float64).
         terminal_rewards: R, [B], any real dtype.
         loss_mask: [B, T], any real dtype, nonzero = valid.
-        gamma: discount per valid token, in [0, 1].
-        lam: lambda, in [0, 1].
+        gamma: discount per valid token, in [0, 1]; a float, or a 0-dim or [B] floating tensor on the device of the
+            values, so that a schedule changes neither a compiled nor a captured graph. A tensor's range is checked on
+            the CPU only.
+        lam: lambda, likewise.
+        rewards: r, [B, T], any real dtype, read in the accumulation dtype; say, a KL penalty for each token.
+        bootstrap_values: b, [B], any real dtype; 0 for a sequence that is not truncated.
 
     Returns:
         G, [B, T], contiguous, in the dtype of ``values``.
@@ -115,11 +129,168 @@ def compute_lambda_return(
 
     Source: Sutton and Barto, Reinforcement Learning (2nd ed.), section 12.1, the recursive form of the lambda-return.
     """
-    values = _check_values("values", values)
-    _check_rewards("terminal_rewards", terminal_rewards, values)
-    _check_like("loss_mask", loss_mask, values)
+    values = check_values("values", values)
+    if rewards is not None or bootstrap_values is not None or isinstance(gamma, Tensor) or isinstance(lam, Tensor):
+        scan = _check_scan(values, terminal_rewards, loss_mask, gamma, lam, rewards, bootstrap_values, None)
+        return call(_ops.td_lambda.default, *scan, False)
+    check_rewards("terminal_rewards", terminal_rewards, values)
+    check_like("loss_mask", loss_mask, values)
     gamma, lam = check_unit_interval("gamma", gamma), check_unit_interval("lam", lam)
     return call(_ops.lambda_return.default, values, terminal_rewards, loss_mask, gamma, lam)
+
+
+def lambda_return_varlen(
+    values: Tensor,
+    terminal_rewards: Tensor,
+    cu_seqlens: Tensor,
+    loss_mask: Tensor | None = None,
+    gamma: float | Tensor = 1.0,
+    lam: float | Tensor = 0.95,
+    *,
+    rewards: Tensor | None = None,
+    bootstrap_values: Tensor | None = None,
+) -> Tensor:
+    """TD(lambda) targets of packed sequences: :func:`compute_lambda_return` without padding.
+
+    Sequence b is the tokens ``cu_seqlens[b]`` to ``cu_seqlens[b + 1] - 1``; it may be empty. Same bits from run to run.
+
+    Args:
+        values: V, [total] or [total, 1]; float32, bfloat16, float16 or float64.
+        terminal_rewards: R, [B], any real dtype.
+        cu_seqlens: [B + 1], int32 or int64, from 0 to total without falling. Checked on the CPU; on a device, which is
+            not waited for, no content can lead out of bounds, and what lies in no sequence is left undefined.
+        loss_mask: [total], any real dtype, nonzero = valid; None: every token is.
+        gamma: discount per valid token, in [0, 1]; a float, or a 0-dim or [B] floating tensor.
+        lam: lambda, likewise.
+        rewards: r, [total], any real dtype.
+        bootstrap_values: b, [B], any real dtype.
+
+    Returns:
+        G, [total], in the dtype of ``values``. Differentiable as that of :func:`compute_lambda_return`.
+
+    Raises:
+        TypeError: a tensor argument is no tensor or has an unsupported dtype; gamma or lam is no real number.
+        ValueError: a shape or device does not match; ``cu_seqlens``, gamma or lam is not as above.
+    """
+    values = check_packed_values("values", values)
+    scan = _check_scan(values, terminal_rewards, loss_mask, gamma, lam, rewards, bootstrap_values, cu_seqlens)
+    return call(_ops.td_lambda.default, *scan, False)
+
+
+def gae(
+    values: Tensor,
+    terminal_rewards: Tensor,
+    loss_mask: Tensor | None,
+    gamma: float | Tensor = 1.0,
+    lam: float | Tensor = 0.95,
+    *,
+    rewards: Tensor | None = None,
+    bootstrap_values: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    r"""Generalised advantage estimates of masked sequences: :math:`A = G - V` at valid tokens, 0 elsewhere.
+
+    G is the return of :func:`compute_lambda_return`; this is the sum of discounted TD errors of Schulman et al., with
+    no value after the end but ``bootstrap_values``.
+
+    Args:
+        values: V, [B, T] or [B, T, 1], or [total] or [total, 1] with ``cu_seqlens``.
+        terminal_rewards: R, [B], any real dtype.
+        loss_mask: the shape of the values, any real dtype, nonzero = valid; with ``cu_seqlens`` None: every token is.
+        gamma: discount per valid token, in [0, 1]; a float, or a 0-dim or [B] floating tensor.
+        lam: lambda, likewise.
+        rewards: r, the shape of the values, any real dtype.
+        bootstrap_values: b, [B], any real dtype.
+        cu_seqlens: [B + 1], int32 or int64: packed sequences, see :func:`lambda_return_varlen`.
+
+    Returns:
+        A, the shape of the values without a last 1, in their dtype. Differentiable; detach it for a policy loss.
+
+    Raises:
+        TypeError: a tensor argument is no tensor or has an unsupported dtype; gamma or lam is no real number.
+        ValueError: a shape or device does not match; ``cu_seqlens``, gamma or lam is out of range.
+
+    Source: Schulman et al. (2016), arXiv:1506.02438, equation 16.
+    """
+    values = (check_value_logits if cu_seqlens is None else check_packed_values)("values", values)
+    scan = _check_scan(values, terminal_rewards, loss_mask, gamma, lam, rewards, bootstrap_values, cu_seqlens)
+    return call(_ops.td_lambda.default, *scan, True)
+
+
+@torch.no_grad()
+def returns_and_advantages(
+    values: Tensor,
+    terminal_rewards: Tensor,
+    loss_mask: Tensor | None,
+    gamma: float | Tensor = 1.0,
+    lam_returns: float | Tensor = 1.0,
+    lam_advantages: float | Tensor = 0.95,
+    *,
+    rewards: Tensor | None = None,
+    bootstrap_values: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    whiten: bool = False,
+    group: Any = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Targets for the critic and advantages for the policy, each with a lambda of its own, in one operator.
+
+    Args:
+        values: V, [B, T] or [B, T, 1], or [total] or [total, 1] with ``cu_seqlens``.
+        terminal_rewards: R, [B], any real dtype.
+        loss_mask: the shape of the values, any real dtype, nonzero = valid; with ``cu_seqlens`` None: every token is.
+        gamma: discount per valid token, in [0, 1]; a float, or a 0-dim or [B] floating tensor.
+        lam_returns: lambda of the returns, likewise.
+        lam_advantages: lambda of the advantages, likewise.
+        rewards: r, the shape of the values, any real dtype.
+        bootstrap_values: b, [B], any real dtype.
+        cu_seqlens: [B + 1], int32 or int64: packed sequences, see :func:`lambda_return_varlen`.
+        whiten: give the advantages mean 0 and variance 1, see :func:`masked_whiten`.
+        group: the ranks over which to whiten, a torch.distributed process group; None: this process alone.
+
+    Returns:
+        The returns of :func:`compute_lambda_return` and the advantages of :func:`gae`, both without gradient, in the
+        dtype of the values.
+
+    Raises:
+        TypeError: a tensor argument is no tensor or has an unsupported dtype; gamma or lam is no real number.
+        ValueError: a shape or device does not match; ``cu_seqlens``, gamma or lam is out of range.
+
+    Source: Yuan et al., VC-PPO (2025), arXiv:2503.01491, and Yue et al., VAPO (2025), arXiv:2504.05118: decoupled GAE.
+    """
+    values = (check_value_logits if cu_seqlens is None else check_packed_values)("values", values)
+    scan = _check_scan(
+        values, terminal_rewards, loss_mask, gamma, lam_returns, rewards, bootstrap_values, cu_seqlens, "lam_returns"
+    )
+    second_lam = check_discount("lam_advantages", lam_advantages, values, scan.rows)
+    returns, advantages = call(_ops.td_lambda_pair.default, *scan, second_lam)
+    return returns, masked_whiten(advantages, loss_mask, group=group) if whiten else advantages
+
+
+@torch.no_grad()
+def masked_whiten(x: Tensor, mask: Tensor | None, *, group: Any = None, eps: float = 1e-8) -> Tensor:
+    r""":math:`(x - \mu) / \sqrt{\sigma^2 + \epsilon}` at valid tokens, 0 elsewhere.
+
+    Mean and variance (with n - 1) run over the valid tokens of all ranks of ``group``, by one all-reduce of three
+    numbers in float64; nothing is waited for. Fewer than two valid tokens: the variance is 0.
+
+    Args:
+        x: any shape, floating.
+        mask: the shape of ``x``, any real dtype, nonzero = valid; None: everything is.
+        group: a torch.distributed process group; None: this process alone.
+        eps: added to the variance.
+    """
+    check_tensor("x", x)
+    if mask is not None:
+        check_like("mask", mask, x)
+    valid = torch.ones_like(x, dtype=torch.bool) if mask is None else mask != 0
+    kept = torch.where(valid, x, 0.0).to(torch.float64)
+    sums = torch.stack([valid.sum(dtype=torch.float64), kept.sum(), (kept * kept).sum()])
+    if group is not None:
+        torch.distributed.all_reduce(sums, group=group)
+    count, total, squares = sums.unbind()
+    mean = total / count.clamp(min=1)
+    variance = ((squares - total * mean) / (count - 1).clamp(min=1)).clamp(min=0)
+    return torch.where(valid, (kept - mean) * (variance + eps).rsqrt(), 0.0).to(x.dtype)
 
 
 def compute_lambda_value_loss(
@@ -127,10 +298,22 @@ def compute_lambda_value_loss(
     terminal_rewards: Tensor,
     attention_mask: Tensor,
     loss_mask: Tensor,
-    gamma: float = 1.0,
-    lam: float = 0.95,
-) -> Tensor:
-    r"""Masked mean squared error of values against their own TD(lambda) targets, in one fused pass.
+    gamma: float | Tensor = 1.0,
+    lam: float | Tensor = 0.95,
+    *,
+    rewards: Tensor | None = None,
+    bootstrap_values: Tensor | None = None,
+    output_mask: Tensor | None = None,
+    loss: str = "mse",
+    delta: float = 1.0,
+    old_values: Tensor | None = None,
+    clip_range: float | None = None,
+    reduction: str = "token_mean",
+    normalizer: Tensor | None = None,
+    detach_targets: bool = True,
+    return_statistics: bool = False,
+) -> Any:
+    r"""Masked loss of values against their own TD(lambda) targets, in one fused pass; by default the squared error.
 
     With :math:`m` = ``attention_mask`` * ``loss_mask`` (nonzero = 1) and G of :func:`compute_lambda_return` over
     ``loss_mask`` alone,
@@ -142,27 +325,263 @@ def compute_lambda_value_loss(
     and 0 with zero gradient where no token counts. The targets are constants: no gradient flows through G, nor to
     ``terminal_rewards``. G is never stored: forward and backward each read the values and masks once.
 
+    ``loss`` chooses what stands in place of the square, with :math:`e = V - G`:
+
+    * ``mse``: :math:`e^2`, without a factor of one half;
+    * ``huber``: :math:`e^2 / 2` where :math:`|e| \le \delta`, else :math:`\delta (|e| - \delta / 2)`;
+    * ``smooth_l1``: ``huber`` divided by :math:`\delta`;
+    * ``bce``: :math:`-G \log V - (1 - G) \log(1 - V)` of a head that ends in a sigmoid, logarithms no less than -100;
+    * ``bce_with_logits``: the same with :math:`V = \sigma(x)` of a head that gives the logit x.
+
+    With ``old_values`` the first three are clipped as PPO's value loss: the larger of the losses of V and of
+    :math:`V_{old} + \mathrm{clamp}(V - V_{old}, -c, c)`, c = ``clip_range``.
+
+    ``reduction``: ``token_mean`` as above; ``sequence_mean``, the mean over sequences of the mean over their tokens
+    (sequences without a token count nowhere), so that long ones weigh no more; ``sum``; or ``none``, [B, T] with 0
+    where m is 0. ``normalizer`` takes the place of the number of tokens, or of sequences: give it the count over all
+    ranks and micro-batches.
+
     Args:
-        value_logits: V, [B, T] or [B, T, 1]; float32, bfloat16, float16 or float64.
+        value_logits: V or x, [B, T] or [B, T, 1]; float32, bfloat16, float16 or float64.
         terminal_rewards: R, [B], any real dtype.
         attention_mask: [B, T], any real dtype, nonzero = valid; weights the error only.
         loss_mask: [B, T], any real dtype, nonzero = output token. One byte mask given as both is read once.
-        gamma: discount per valid token, in [0, 1].
-        lam: lambda, in [0, 1].
+        gamma: discount per valid token, in [0, 1]; a float, or a 0-dim or [B] floating tensor on the device of the
+            values.
+        lam: lambda, likewise.
+        rewards: r, [B, T], any real dtype; see :func:`compute_lambda_return`.
+        bootstrap_values: b, [B], any real dtype; likewise.
+        output_mask: [B, T], any real dtype: all output tokens, where ``loss_mask`` is only a window of them. The return
+            then runs over these, from the true end of the sequence where the terminal reward arrives.
+        loss: ``mse``, ``huber``, ``smooth_l1``, ``bce`` or ``bce_with_logits``.
+        delta: of ``huber`` and ``smooth_l1``, above 0.
+        old_values: the shape and dtype of ``value_logits``; needs ``clip_range``.
+        clip_range: c, above 0.
+        reduction: ``token_mean``, ``sequence_mean``, ``sum`` or ``none``.
+        normalizer: 0-dim, on the device of the values, for the two means; 0 gives a loss of 0.
+        detach_targets: False lets the gradient flow through G too, to any order, by unfused torch operations.
+        return_statistics: also return the sums from which :func:`explained_variance` is computed.
 
     Returns:
-        The loss, 0-dim, float32 (float64 for float64 values).
+        The loss, 0-dim (but for ``none``), float32 (float64 for float64 values). With ``return_statistics`` the loss
+        and [6], float64: the number of tokens that count, and over these the sums of G, :math:`G^2`, G - V and
+        :math:`(G - V)^2` and the number of those that were clipped. Add them up over ranks and steps.
 
     Raises:
-        TypeError: a tensor argument is no tensor or has an unsupported dtype; gamma or lam is no real number.
-        ValueError: a shape or device does not match; gamma or lam is outside [0, 1].
+        TypeError: a tensor argument is no tensor or has an unsupported dtype; a number is none.
+        ValueError: a shape or device does not match; gamma, lam, delta or clip_range is out of range; an option is
+            unknown or does not go with the others.
     """
-    values = _check_value_logits("value_logits", value_logits)
-    _check_rewards("terminal_rewards", terminal_rewards, values)
-    _check_like("attention_mask", attention_mask, values)
-    _check_like("loss_mask", loss_mask, values)
-    gamma, lam = check_unit_interval("gamma", gamma), check_unit_interval("lam", lam)
-    return call(_ops.lambda_value_loss.default, values, terminal_rewards, attention_mask, loss_mask, gamma, lam)
+    values = check_value_logits("value_logits", value_logits)
+    if (
+        loss == "mse"
+        and reduction == "token_mean"
+        and detach_targets
+        and not return_statistics
+        and rewards is bootstrap_values is output_mask is old_values is clip_range is normalizer is None
+        and not isinstance(gamma, Tensor)
+        and not isinstance(lam, Tensor)
+    ):
+        check_rewards("terminal_rewards", terminal_rewards, values)
+        check_like("attention_mask", attention_mask, values)
+        check_like("loss_mask", loss_mask, values)
+        gamma, lam = check_unit_interval("gamma", gamma), check_unit_interval("lam", lam)
+        return call(_ops.lambda_value_loss.default, values, terminal_rewards, attention_mask, loss_mask, gamma, lam)[0]
+    check_like("attention_mask", attention_mask, values)
+    check_like("loss_mask", loss_mask, values)
+    mask_name, mask = "loss_mask", loss_mask
+    if output_mask is not None:
+        check_like("output_mask", output_mask, values)
+        attention_mask = (attention_mask != 0) & (loss_mask != 0)
+        mask_name, mask = "output_mask", output_mask
+    scan = _check_scan(values, terminal_rewards, mask, gamma, lam, rewards, bootstrap_values, None, mask_name=mask_name)
+    if old_values is not None:
+        old_values = check_value_logits("old_values", old_values)
+    return _value_loss(
+        scan,
+        attention_mask,
+        _check_loss(values, loss, delta, old_values, clip_range, reduction, normalizer),
+        detach_targets,
+        return_statistics,
+    )
+
+
+def lambda_value_loss_varlen(
+    value_logits: Tensor,
+    terminal_rewards: Tensor,
+    cu_seqlens: Tensor,
+    loss_mask: Tensor | None = None,
+    gamma: float | Tensor = 1.0,
+    lam: float | Tensor = 0.95,
+    *,
+    rewards: Tensor | None = None,
+    bootstrap_values: Tensor | None = None,
+    output_mask: Tensor | None = None,
+    loss: str = "mse",
+    delta: float = 1.0,
+    old_values: Tensor | None = None,
+    clip_range: float | None = None,
+    reduction: str = "token_mean",
+    normalizer: Tensor | None = None,
+    detach_targets: bool = True,
+    return_statistics: bool = False,
+) -> Any:
+    """Masked loss of packed values against their own TD(lambda) targets, in one fused pass.
+
+    :func:`compute_lambda_value_loss` without padding: the same formulas, options and errors, with [total] in place of
+    [B, T] and ``cu_seqlens`` as in :func:`lambda_return_varlen`. There is no attention mask, as there is no padding;
+    without ``loss_mask`` every token counts.
+
+    Args:
+        value_logits: V or x, [total] or [total, 1]; float32, bfloat16, float16 or float64.
+        terminal_rewards: R, [B], any real dtype.
+        cu_seqlens: [B + 1], int32 or int64, from 0 to total without falling.
+        loss_mask: [total], any real dtype, nonzero = output token; None: every token is.
+        gamma: discount per valid token, in [0, 1]; a float, or a 0-dim or [B] floating tensor.
+        lam: lambda, likewise.
+        rewards: r, [total], any real dtype.
+        bootstrap_values: b, [B], any real dtype.
+        output_mask: [total], any real dtype: all output tokens, where ``loss_mask`` is only a window of them.
+        loss: see :func:`compute_lambda_value_loss`, and so the rest.
+        delta: of ``huber`` and ``smooth_l1``, above 0.
+        old_values: the shape and dtype of ``value_logits``.
+        clip_range: above 0.
+        reduction: ``token_mean``, ``sequence_mean``, ``sum`` or ``none``.
+        normalizer: 0-dim, on the device of the values.
+        detach_targets: False lets the gradient flow through G too.
+        return_statistics: also return the sums.
+
+    Returns:
+        The loss, or the loss and the statistics.
+
+    Raises:
+        TypeError: a tensor argument is no tensor or has an unsupported dtype; a number is none.
+        ValueError: a shape or device does not match; a number is out of range; an option is unknown or does not go with
+            the others.
+    """
+    values = check_packed_values("value_logits", value_logits)
+    attention_mask, mask, mask_name = None, loss_mask, "loss_mask"
+    if output_mask is not None:
+        if loss_mask is not None:
+            check_like("loss_mask", loss_mask, values)
+        attention_mask, mask, mask_name = loss_mask, output_mask, "output_mask"
+    scan = _check_scan(
+        values, terminal_rewards, mask, gamma, lam, rewards, bootstrap_values, cu_seqlens, mask_name=mask_name
+    )
+    if old_values is not None:
+        old_values = check_packed_values("old_values", old_values)
+    return _value_loss(
+        scan,
+        attention_mask,
+        _check_loss(values, loss, delta, old_values, clip_range, reduction, normalizer),
+        detach_targets,
+        return_statistics,
+    )
+
+
+class _Loss(NamedTuple):
+    kind: int
+    delta: float
+    old_values: Tensor | None
+    clip_range: float
+    reduction: int
+    normalizer: Tensor | None
+
+
+def _check_loss(
+    values: Tensor,
+    loss: str,
+    delta: float,
+    old_values: Tensor | None,
+    clip_range: float | None,
+    reduction: str,
+    normalizer: Tensor | None,
+) -> _Loss:
+    kind = check_choice("loss", loss, LOSS_KINDS)
+    how = check_choice("reduction", reduction, REDUCTIONS)
+    if (old_values is None) != (clip_range is None):
+        given, missing = ("clip_range", "old_values") if old_values is None else ("old_values", "clip_range")
+        raise ValueError(f"{missing} must be given with {given}, got None")
+    if old_values is not None:
+        if loss.startswith("bce"):
+            raise ValueError(f"old_values must be None with loss {loss!r}: only mse, huber and smooth_l1 are clipped")
+        check_like("old_values", old_values, values)
+        if old_values.dtype != values.dtype:
+            raise TypeError(f"old_values must have the dtype of the values, {values.dtype}, got {old_values.dtype}")
+        old_values = old_values.detach()
+    if normalizer is not None:
+        check_tensor("normalizer", normalizer)
+        if not reduction.endswith("_mean"):
+            raise ValueError(f"normalizer must be None with reduction {reduction!r}: there is no mean to normalise")
+        if normalizer.dim() != 0 or normalizer.is_complex():
+            raise ValueError(f"normalizer must be real and 0-dim, got {normalizer.dtype} {list(normalizer.shape)}")
+        if normalizer.device != values.device:
+            raise ValueError(
+                f"normalizer must be on the device of the values, {values.device}, got {normalizer.device}"
+            )
+        normalizer = normalizer.detach()
+    clip = 0.0 if clip_range is None else check_positive("clip_range", clip_range)
+    return _Loss(kind, check_positive("delta", delta), old_values, clip, how, normalizer)
+
+
+def _value_loss(
+    scan: _Scan, attention_mask: Tensor | None, loss: _Loss, detach_targets: bool, return_statistics: bool
+) -> Any:
+    if detach_targets:
+        result, _scale, statistics = call(
+            _ops.td_lambda_loss.default,
+            scan.values,
+            scan.terminal_rewards.detach(),
+            scan.mask,
+            attention_mask,
+            None if scan.rewards is None else scan.rewards.detach(),
+            loss.old_values,
+            scan.cu_seqlens,
+            scan.gamma,
+            scan.lam,
+            loss.normalizer,
+            loss.kind,
+            loss.delta,
+            loss.clip_range,
+            loss.reduction,
+        )
+        return (result, statistics) if return_statistics else result
+
+    outputs = scan.values.to(torch.float64 if scan.values.dtype == torch.float64 else torch.float32)
+    if scan.mask is not None:  # a NaN at a masked position would survive the derivative of a sigmoid
+        outputs = torch.where(scan.mask != 0, outputs, 0.0)
+    values = outputs.sigmoid() if LOSS_KINDS[loss.kind] == "bce_with_logits" else outputs
+    targets = call(_ops.td_lambda.default, values, *scan[1:], False)
+    counts = torch.ones_like(values, dtype=torch.bool)
+    for mask in (scan.mask, attention_mask):
+        counts = counts if mask is None else counts & (mask != 0)
+    losses, statistics = reference.token_losses(
+        outputs, targets, counts, LOSS_KINDS[loss.kind], loss.delta, loss.old_values, loss.clip_range
+    )
+    result = reference.reduce_losses(losses, counts, REDUCTIONS[loss.reduction], loss.normalizer, scan.cu_seqlens)
+    return (result, statistics) if return_statistics else result
+
+
+def explained_variance(statistics: Tensor) -> Tensor:
+    r""":math:`1 - \mathrm{Var}(G - V) / \mathrm{Var}(G)` over tokens, from the statistics of the fused loss.
+
+    Exact over any number of ranks and steps: add the statistics up first, with one all-reduce over ranks. 1 is a
+    perfect critic, 0 one that is no better than a constant; NaN where the targets do not vary. Nothing is waited for.
+
+    Args:
+        statistics: [6], float64, from ``return_statistics``; or [..., 6].
+
+    Returns:
+        [...], float64.
+    """
+    check_tensor("statistics", statistics)
+    if statistics.dim() < 1 or statistics.shape[-1] != 6:
+        raise ValueError(f"statistics must have shape [..., 6], got {list(statistics.shape)}")
+    count, returns, squared_returns, errors, squared_errors, _clipped = statistics.to(torch.float64).unbind(-1)
+    count = count.clamp(min=1)
+    variance = squared_returns / count - (returns / count) ** 2
+    left = squared_errors / count - (errors / count) ** 2
+    return torch.where(variance > 0, 1 - left / variance, torch.nan)
 
 
 def compute_mc_value_loss(value_logits: Tensor, rewards: Tensor, attention_mask: Tensor, loss_mask: Tensor) -> Tensor:
@@ -183,11 +602,11 @@ def compute_mc_value_loss(value_logits: Tensor, rewards: Tensor, attention_mask:
         TypeError: an argument is no tensor or has an unsupported dtype.
         ValueError: a shape or device does not match.
     """
-    values = _check_value_logits("value_logits", value_logits)
-    _check_rewards("rewards", rewards, values)
-    _check_like("attention_mask", attention_mask, values)
-    _check_like("loss_mask", loss_mask, values)
-    return call(_ops.lambda_value_loss.default, values, rewards, attention_mask, loss_mask, 1.0, 1.0)
+    values = check_value_logits("value_logits", value_logits)
+    check_rewards("rewards", rewards, values)
+    check_like("attention_mask", attention_mask, values)
+    check_like("loss_mask", loss_mask, values)
+    return call(_ops.lambda_value_loss.default, values, rewards, attention_mask, loss_mask, 1.0, 1.0)[0]
 
 
 def masked_mse(values: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
@@ -205,17 +624,17 @@ def masked_mse(values: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
         TypeError: an argument is no tensor or has an unsupported dtype.
         ValueError: a shape or device does not match.
     """
-    values = _check_value_logits("values", values)
-    _check_tensor("targets", targets)
+    values = check_value_logits("values", values)
+    check_tensor("targets", targets)
     if targets.dim() == 3 and targets.shape[-1] == 1:
         targets = targets.squeeze(-1)
-    _check_like("targets", targets, values)
+    check_like("targets", targets, values)
     half = values.dtype in (torch.bfloat16, torch.float16)
     if targets.dtype != values.dtype and not (half and targets.dtype == torch.float32):
         wanted = f"{values.dtype} or torch.float32" if half else str(values.dtype)
         raise TypeError(f"targets must be {wanted} for values of {values.dtype}, got {targets.dtype}")
-    _check_like("mask", mask, values)
-    return call(_ops.masked_mse.default, values, targets, mask)
+    check_like("mask", mask, values)
+    return call(_ops.masked_mse.default, values, targets, mask)[0]
 
 
 def create_eos_only_mask(loss_mask: Tensor) -> Tensor:
@@ -231,10 +650,10 @@ def create_eos_only_mask(loss_mask: Tensor) -> Tensor:
         TypeError: ``loss_mask`` is no tensor or has an unsupported dtype.
         ValueError: ``loss_mask`` is not two-dimensional.
     """
-    _check_tensor("loss_mask", loss_mask)
+    check_tensor("loss_mask", loss_mask)
     if loss_mask.is_complex():
         raise TypeError(f"loss_mask must have a real dtype, got {loss_mask.dtype}")
-    if loss_mask.is_floating_point() and loss_mask.dtype not in _VALUE_DTYPES:
+    if loss_mask.is_floating_point() and loss_mask.dtype not in VALUE_DTYPES:
         raise TypeError(f"loss_mask must be float32, bfloat16, float16 or float64 if floating, got {loss_mask.dtype}")
     if loss_mask.dim() != 2:
         raise ValueError(f"loss_mask must have shape [B, T], got {list(loss_mask.shape)}")
@@ -246,8 +665,8 @@ def create_eos_only_mask(loss_mask: Tensor) -> Tensor:
 
 def _mean_value(name: str, values: Tensor, mask_name: str, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Mean value over the masked tokens of each row, [B] (0 where there are none), and their number, [B]."""
-    values = _check_value_logits(name, values)
-    _check_like(mask_name, mask, values)
+    values = check_value_logits(name, values)
+    check_like(mask_name, mask, values)
     valid = mask != 0
     values = values if values.dtype == torch.float64 else values.float()
     count = valid.sum(dim=1)
@@ -351,7 +770,7 @@ def compute_token_variance(values: Tensor, mask: Tensor) -> float:
         TypeError: an argument is no tensor or has an unsupported dtype.
         ValueError: a shape or device does not match.
     """
-    values = _check_value_logits("values", values)
+    values = check_value_logits("values", values)
     mean, count = _mean_value("values", values, "mask", mask)
     deviation = torch.where(mask != 0, values.to(mean.dtype) - mean[:, None], 0.0)
     variance = (deviation**2).sum(dim=1) / count.clamp(min=1)

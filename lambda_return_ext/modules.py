@@ -3,13 +3,14 @@
 from torch import Tensor, nn
 
 from . import functional
+from ._arguments import check_unit_interval
 
 
 class _Discounted(nn.Module):
     def __init__(self, gamma: float = 1.0, lam: float = 0.95):
         super().__init__()
-        self.gamma = functional.check_unit_interval("gamma", gamma)
-        self.lam = functional.check_unit_interval("lam", lam)
+        self.gamma = check_unit_interval("gamma", gamma)
+        self.lam = check_unit_interval("lam", lam)
 
     def extra_repr(self) -> str:
         """Show gamma and lam."""

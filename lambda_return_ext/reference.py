@@ -7,33 +7,147 @@ and of its gradient.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def compute_lambda_return(
-    values: Tensor, terminal_rewards: Tensor, loss_mask: Tensor, gamma: float = 1.0, lam: float = 0.95
+    values: Tensor,
+    terminal_rewards: Tensor,
+    loss_mask: Tensor,
+    gamma: float | Tensor = 1.0,
+    lam: float | Tensor = 0.95,
+    *,
+    rewards: Tensor | None = None,
+    bootstrap_values: Tensor | None = None,
 ) -> Tensor:
-    """Lambda-returns [B, T] by the double loop over rows and valid positions, differentiable in both inputs."""
-    value_weight, return_weight = gamma * (1.0 - lam), gamma * lam
+    """Lambda-returns [B, T] by the double loop over rows and valid positions, differentiable in all but gamma, lam."""
+    B = values.shape[0]
+    gammas, lams = (
+        x.expand(B).tolist() if isinstance(x, Tensor) else [x] * B for x in (gamma, lam)
+    )  # one pair for each row
+    valid = loss_mask != 0
     rows = []
-    for row_values, reward, row_mask in zip(values, terminal_rewards, loss_mask != 0, strict=True):
-        returns = list(torch.zeros_like(row_values).unbind())
+    for b in range(B):
+        value_weight, return_weight = gammas[b] * (1.0 - lams[b]), gammas[b] * lams[b]
+        end = terminal_rewards[b].to(values.dtype)
+        if bootstrap_values is not None:
+            end = end + gammas[b] * bootstrap_values[b].to(values.dtype)
+        returns = list(torch.zeros_like(values[b]).unbind())
         following = None  # the next valid position
         for t in reversed(range(len(returns))):
-            if not row_mask[t]:
+            if not valid[b, t]:
                 continue
             if following is None:
-                returns[t] = reward.to(values.dtype)
+                returns[t] = end
             else:
                 # A term with weight 0 is left out: 0 * inf would be NaN.
-                returns[t] = torch.zeros_like(row_values[t])
+                returns[t] = torch.zeros_like(values[b, t])
                 if value_weight != 0:
-                    returns[t] = returns[t] + value_weight * row_values[following]
+                    returns[t] = returns[t] + value_weight * values[b, following]
                 if return_weight != 0:
                     returns[t] = returns[t] + return_weight * returns[following]
+            if rewards is not None:
+                returns[t] = returns[t] + rewards[b, t].to(values.dtype)
             following = t
-        rows.append(torch.stack(returns) if returns else row_values)
+        rows.append(torch.stack(returns) if returns else values[b])
     return torch.stack(rows) if rows else torch.zeros_like(values)
+
+
+def lambda_return_varlen(
+    values: Tensor,
+    terminal_rewards: Tensor,
+    cu_seqlens: Tensor,
+    loss_mask: Tensor | None = None,
+    gamma: float | Tensor = 1.0,
+    lam: float | Tensor = 0.95,
+    *,
+    rewards: Tensor | None = None,
+    bootstrap_values: Tensor | None = None,
+) -> Tensor:
+    """Lambda-returns [total] of packed sequences: each alone, as a padded batch of one."""
+    mask = torch.ones_like(values, dtype=torch.bool) if loss_mask is None else loss_mask
+    parts = [values[:0]]
+    for b, (begin, end) in enumerate(zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)):
+        parts.append(
+            compute_lambda_return(
+                values[None, begin:end],
+                terminal_rewards[b : b + 1],
+                mask[None, begin:end],
+                gamma[b] if isinstance(gamma, Tensor) and gamma.dim() else gamma,
+                lam[b] if isinstance(lam, Tensor) and lam.dim() else lam,
+                rewards=None if rewards is None else rewards[None, begin:end],
+                bootstrap_values=None if bootstrap_values is None else bootstrap_values[b : b + 1],
+            )[0]
+        )
+    return torch.cat(parts)
+
+
+def token_losses(
+    outputs: Tensor,
+    targets: Tensor,
+    counts: Tensor,
+    loss: str = "mse",
+    delta: float = 1.0,
+    old_values: Tensor | None = None,
+    clip_range: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Losses of the head's outputs, in any shape and 0 where ``counts`` is False, and their statistics [6].
+
+    ``loss`` and the statistics are those of :func:`lambda_return_ext.compute_lambda_value_loss`.
+    """
+    # What does not count is replaced before the formulas, so that a NaN there reaches no gradient.
+    outputs, targets = torch.where(counts, outputs, 0.5), torch.where(counts, targets, 0.5)
+    values = outputs.sigmoid() if loss == "bce_with_logits" else outputs
+
+    def of(x: Tensor) -> Tensor:
+        if loss == "mse":
+            return (x - targets) ** 2
+        if loss == "huber":
+            return nn.functional.huber_loss(x, targets, reduction="none", delta=delta)
+        if loss == "smooth_l1":
+            return nn.functional.smooth_l1_loss(x, targets, reduction="none", beta=delta)
+        if loss == "bce":
+            return nn.functional.binary_cross_entropy(x, targets, reduction="none")
+        return nn.functional.softplus(x) - x * targets
+
+    losses, clipped = of(outputs), torch.zeros_like(counts)
+    if old_values is not None:
+        old_values = torch.where(counts, old_values.to(outputs.dtype), 0.5)
+        held = of(old_values + (outputs - old_values).clamp(-clip_range, clip_range))
+        clipped = held > losses
+        losses = torch.maximum(losses, held)
+    with torch.no_grad():
+        kept = torch.stack([targets, targets**2, targets - values, (targets - values) ** 2, clipped]).to(torch.float64)
+        statistics = torch.where(counts, torch.cat([torch.ones_like(kept[:1]), kept]), 0.0).flatten(1).sum(1)
+    return torch.where(counts, losses, 0.0), statistics
+
+
+def reduce_losses(
+    losses: Tensor,
+    counts: Tensor,
+    reduction: str = "token_mean",
+    normalizer: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Reduce the losses of tokens, [B, T] or [total] with ``cu_seqlens``, as the fused loss does."""
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    if reduction == "token_mean":
+        total, denominator = losses.sum(), counts.sum()
+    else:
+        if cu_seqlens is None:
+            sums, tokens = losses.sum(1), counts.sum(1)
+        else:
+            rows = torch.arange(losses.shape[0], device=losses.device)
+            rows = torch.bucketize(rows, cu_seqlens[1:], right=True)
+            sums = losses.new_zeros(cu_seqlens.shape[0] - 1).index_add(0, rows, losses)
+            tokens = torch.zeros_like(sums).index_add(0, rows, counts.to(sums.dtype))
+        total, denominator = (sums / tokens.clamp(min=1)).sum(), (tokens > 0).sum()
+    if normalizer is not None:
+        denominator = normalizer
+    return torch.where(denominator == 0, 0.0, total / torch.where(denominator == 0, 1, denominator))
 
 
 def masked_mse(values: Tensor, targets: Tensor, mask: Tensor) -> Tensor:

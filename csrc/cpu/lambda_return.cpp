@@ -37,8 +37,9 @@ std::tuple<Tensor, Tensor> lambda_return_backward(
     const auto discount = Discount<acc_t>::from(gamma, lam);
     const auto& k = kernels<scalar_t>();
     const auto constants = k.constants(discount);
-    scan_rows(
-        in.B, in.T, From::kLeft, AffineRule<acc_t>(discount), [](int64_t) { return acc_t(0); },
+    scan_rows<acc_t>(
+        {in.B, in.T}, From::kLeft, [&](int64_t) { return AffineRule<acc_t>(discount); },
+        [](int64_t) { return acc_t(0); },
         [&](const Stretch& s) { return k.adjoint_map(constants, g[s.row] + s.begin, m[s.row] + s.begin, s.length); },
         [&](const Stretch& s, acc_t carry) {
           return k.lambda_return_backward(

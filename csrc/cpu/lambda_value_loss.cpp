@@ -11,7 +11,7 @@ std::tuple<Tensor, Tensor> lambda_value_loss(
   SquaredError error;
   THO_DISPATCH_V2(values.scalar_type(), "lambda_value_loss", AT_WRAP([&] {
     const auto a = const_rows<uint8_t>(in.attention_mask);
-    const int64_t per_row = stretches_per_row(in.T);
+    const int64_t per_row = stretches_of(in.T);
     std::vector<SquaredError> errors(in.B * per_row);
     scan_returns<scalar_t>(
         in.values, in.terminal_rewards, in.loss_mask, gamma, lam,

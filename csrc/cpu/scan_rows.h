@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <memory>
+#include <numeric>
 #include <thread>
 
 #include "parallel_rows.h"
@@ -45,36 +46,49 @@ constexpr int64_t kStretch = 16384;
 
 struct Stretch {
   int64_t row, index;     // index counts in the direction of the scan
-  int64_t begin, length;  // in tokens
+  int64_t begin, length;  // in tokens of the row
 };
 
-inline int64_t stretches_per_row(int64_t T) { return std::max<int64_t>(1, (T + kStretch - 1) / kStretch); }
+inline int64_t stretches_of(int64_t T) { return std::max<int64_t>(1, (T + kStretch - 1) / kStretch); }
 
 enum class From { kRight, kLeft };
 
-inline Stretch stretch_at(int64_t T, From from, int64_t row, int64_t index) {
-  const int64_t length = std::min(kStretch, T - index * kStretch);
-  return {row, index, from == From::kRight ? T - index * kStretch - length : index * kStretch, length};
-}
+// B rows of T tokens each, or of the lengths that offsets [B + 1] say.
+struct RowShape {
+  int64_t B, T;
+  const int64_t* offsets = nullptr;
+
+  int64_t length(int64_t row) const { return offsets == nullptr ? T : offsets[row + 1] - offsets[row]; }
+  int64_t tokens() const { return offsets == nullptr ? B * T : offsets[B] - offsets[0]; }
+  int64_t stretches(int64_t row) const { return stretches_of(length(row)); }
+
+  Stretch stretch(From from, int64_t row, int64_t index) const {
+    const int64_t T_row = length(row), length = std::min(kStretch, T_row - index * kStretch);
+    return {row, index, from == From::kRight ? T_row - index * kStretch - length : index * kStretch, length};
+  }
+};
 
 // Runs run(stretch, carry) -> map on every stretch of every row, in the order of the scan within a row, where
 // map_of(stretch) gives the same map without writing anything. first(row) is the carry that a row starts with,
-// last(row, carry) takes what it ends with.
+// last(row, carry) takes what it ends with, rule(row) says how its maps are applied.
 //
 // Stretches are chained by their maps in every case, so that the bits depend on the shape alone. Where there are too
-// few rows to occupy the threads, these take stretches from one counter, round by round over the rows: a thread whose
-// carry is not there yet computes its stretch's map meanwhile, hands its own carry on as soon as it can, and then reads
-// the stretch a second time, from its cache. Waiting is safe: whoever owes the carry took its stretch earlier and runs.
-template <class acc_t, class First, class MapOf, class Run, class Last>
+// few rows to occupy the threads, or rows of different lengths, these take stretches from one counter, round by round
+// over the rows: a thread whose carry is not there yet computes its stretch's map meanwhile, hands its own carry on as
+// soon as it can, and then reads the stretch a second time, from its cache. Waiting is safe: whoever owes the carry
+// took its stretch earlier and runs.
+template <class acc_t, class Rule, class First, class MapOf, class Run, class Last>
 void scan_rows(
-    int64_t B, int64_t T, From from, const AffineRule<acc_t>& rule, const First& first, const MapOf& map_of,
-    const Run& run, const Last& last) {
-  const int64_t per_row = stretches_per_row(T), threads = torch::stable::get_num_threads();
-  if (per_row == 1 || threads == 1 || B >= 4 * threads) {
-    parallel_rows(B, T, [&](int64_t row) {
+    const RowShape& rows, From from, const Rule& rule, const First& first, const MapOf& map_of, const Run& run,
+    const Last& last) {
+  const int64_t B = rows.B, threads = torch::stable::get_num_threads();
+  const bool packed = rows.offsets != nullptr;
+  if (threads == 1 || rows.tokens() <= kTokensPerThread || (!packed && (rows.stretches(0) == 1 || B >= 4 * threads))) {
+    // Packed rows are here for want of threads or of tokens: no row needs a thread of its own.
+    parallel_rows(B, packed ? 1 : rows.T, [&](int64_t row) {
       acc_t carry = first(row);
-      for (int64_t index = 0; index < per_row; ++index) {
-        carry = rule.apply(run(stretch_at(T, from, row, index), carry), carry);
+      for (int64_t index = 0; index < rows.stretches(row); ++index) {
+        carry = rule(row).apply(run(rows.stretch(from, row, index), carry), carry);
       }
       last(row, carry);
     });
@@ -90,29 +104,48 @@ void scan_rows(
       ready.store(true, std::memory_order_release);
     }
   };
-  const auto carries = std::make_unique<Carry[]>(B * (per_row + 1));  // [per_row + 1, B]
+  struct Task {
+    Stretch stretch;
+    int64_t in, out;  // its carries
+  };
+  std::vector<int64_t> carry_of(B), unfinished(B);  // the latest carry of each row; the rows that have more stretches
+  std::iota(carry_of.begin(), carry_of.end(), 0);
+  std::iota(unfinished.begin(), unfinished.end(), 0);
+  std::vector<Task> tasks;
+  for (int64_t index = 0; !unfinished.empty(); ++index) {
+    for (const int64_t row : unfinished) {
+      const int64_t out = B + static_cast<int64_t>(tasks.size());
+      tasks.push_back({rows.stretch(from, row, index), carry_of[row], out});
+      carry_of[row] = out;
+    }
+    const auto done = [&](int64_t row) { return rows.stretches(row) == index + 1; };
+    unfinished.erase(std::remove_if(unfinished.begin(), unfinished.end(), done), unfinished.end());
+  }
+  const int64_t count = static_cast<int64_t>(tasks.size());
+  const auto carries = std::make_unique<Carry[]>(B + count);
   for (int64_t row = 0; row < B; ++row) {
     carries[row].publish(first(row));
   }
   std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, std::min(threads, B * per_row), 1, [&](int64_t, int64_t) {
-    for (int64_t i = next.fetch_add(1); i < B * per_row; i = next.fetch_add(1)) {
-      const Stretch stretch = stretch_at(T, from, i % B, i / B);
-      Carry &in = carries[i], &out = carries[i + B];
+  torch::stable::parallel_for(0, std::min(threads, count), 1, [&](int64_t, int64_t) {
+    for (int64_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) {
+      const Stretch& stretch = tasks[i].stretch;
+      const auto row_rule = rule(stretch.row);
+      Carry &in = carries[tasks[i].in], &out = carries[tasks[i].out];
       if (in.ready.load(std::memory_order_acquire)) {
-        out.publish(rule.apply(run(stretch, in.value), in.value));
+        out.publish(row_rule.apply(run(stretch, in.value), in.value));
       } else {
         const AffineMap<acc_t> map = map_of(stretch);
         while (!in.ready.load(std::memory_order_acquire)) {
           std::this_thread::yield();
         }
-        out.publish(rule.apply(map, in.value));
+        out.publish(row_rule.apply(map, in.value));
         run(stretch, in.value);
       }
     }
   });
   for (int64_t row = 0; row < B; ++row) {
-    last(row, carries[per_row * B + row].value);
+    last(row, carries[carry_of[row]].value);
   }
 }
 
@@ -130,8 +163,9 @@ void scan_returns(
   const auto discount = Discount<acc_t>::from(gamma, lam);
   const auto& k = kernels<scalar_t>();
   const auto constants = k.constants(discount);
-  scan_rows(
-      values.size(0), values.size(1), From::kRight, AffineRule<acc_t>(discount), [&](int64_t b) { return r[b]; },
+  scan_rows<acc_t>(
+      {values.size(0), values.size(1)}, From::kRight, [&](int64_t) { return AffineRule<acc_t>(discount); },
+      [&](int64_t b) { return r[b]; },
       [&](const Stretch& s) { return k.returns_map(constants, v[s.row] + s.begin, m[s.row] + s.begin, s.length); },
       [&](const Stretch& s, acc_t carry) {
         return run(k, constants, s, v[s.row] + s.begin, m[s.row] + s.begin, carry);

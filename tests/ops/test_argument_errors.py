@@ -132,8 +132,10 @@ def test_device(call, name):
         (None, TypeError, "must be a float, got NoneType"),
         (True, TypeError, "must be a float, got bool"),
         (0.5j, TypeError, "must be a float, got complex"),
-        (torch.tensor(0.5), TypeError, "must be a float, got Tensor"),
-        (torch.tensor([0.5, 0.9]), TypeError, "must be a float, got Tensor"),
+        (torch.tensor(1), TypeError, "must be a float or a floating tensor, got torch.int64"),
+        (torch.tensor(1.5), ValueError, "must be in [0, 1], got 1.5"),
+        (torch.ones(5), ValueError, "must be a float, 0-dim or of shape [B] = [2], got [5]"),
+        (torch.tensor(0.5, device="meta"), ValueError, "must be on the device of the values, cpu, got meta"),
     ],
     ids=str,
 )

@@ -31,6 +31,9 @@ def calls(batch):
     values, rewards, attention_mask, mask = batch
     grad, scale = make_grad(batch), torch.tensor(0.7)
     loss_inputs = values, rewards, attention_mask, mask
+    discounts = torch.ones(len(values)).double(), torch.tensor(0.95).double()
+    general = mask, grad, None, *discounts
+    loss = 1, 0.5, 0.1, 1  # huber, clipped, sequence mean
     return {
         "lambda_return": (values, rewards, mask),
         "lambda_return_backward": (grad, mask),
@@ -39,6 +42,23 @@ def calls(batch):
         "masked_mse": (values, grad, mask),
         "masked_mse_backward": (scale, mask.sum(), values, grad, mask),
         "eos_mask": (mask,),
+        "td_lambda": (values, rewards, *general),
+        "td_lambda_backward": (grad, mask, None, *discounts, True),
+        "td_lambda_pair": (values, rewards, *general, discounts[0]),
+        "td_lambda_map": (values, *general),
+        "td_lambda_loss": (*loss_inputs[:2], mask, attention_mask, grad, values * 0.9, None, *discounts, None, *loss),
+        "td_lambda_loss_backward": (
+            scale,
+            torch.ones(len(values)),
+            *loss_inputs[:2],
+            mask,
+            attention_mask,
+            grad,
+            values * 0.9,
+            None,
+            *discounts,
+            *loss,
+        ),
     }
 
 

@@ -8,6 +8,7 @@
 
 #include "../../kernels/scan.h"
 #include "../../kernels/squared_error.h"
+#include "../../kernels/token_loss.h"
 
 #define LAMBDA_RETURN_INLINE_LAMBDA __attribute__((always_inline))
 #define LAMBDA_RETURN_INLINE inline LAMBDA_RETURN_INLINE_LAMBDA
@@ -58,6 +59,38 @@ struct RowKernels {
   Map (*lambda_value_loss_backward)(
       const Constants&, const scalar_t* values, const uint8_t* attention_mask, const uint8_t* loss_mask, int64_t T,
       acc_t carry, acc_t scale, scalar_t* grad_values);
+
+  // To the accumulation type and back.
+  void (*widen)(const scalar_t* from, int64_t n, acc_t* to);
+  void (*narrow)(const acc_t* from, int64_t n, scalar_t* to);
+};
+
+// Tokens that the general operators take at a time, so that what they compute of them stays in the first-level cache.
+constexpr int64_t kBlock = 1024;
+
+// At most kBlock tokens of a row and what became of them, [length] all. Null: no rewards, not clipped; and of the last
+// two, not asked for.
+template <class acc_t>
+struct LossBlock {
+  int64_t length;
+  const acc_t *outputs, *values;  // of the head, and the values they say
+  const acc_t *carries, *rewards, *old_values;
+  const uint8_t* counts;
+  acc_t *derivatives, *losses;
+};
+
+// The general operators but for the recurrence, on at most kBlock tokens; see token_loops.h.
+template <class acc_t>
+struct TokenLoops {
+  void (*head_values)(const acc_t* outputs, int64_t n, acc_t* values);
+  void (*recurrence_terms)(
+      const acc_t* values, const acc_t* rewards, Discount<acc_t> discount, int64_t n, acc_t* terms);
+  void (*finish_returns)(
+      const acc_t* carries, const acc_t* rewards, const acc_t* values, const uint8_t* mask, int64_t n, acc_t* out);
+  void (*finish_adjoint)(
+      const acc_t* before, const acc_t* grads, const uint8_t* mask, Discount<acc_t> discount, int64_t n,
+      acc_t* grad_values, acc_t* grad_rewards);
+  void (*token_losses)(const TokenLoss<acc_t>& loss, const LossBlock<acc_t>& block, TokenSums* sums);
 };
 
 struct InstructionSet {
@@ -66,6 +99,8 @@ struct InstructionSet {
   RowKernels<float> float32;
   RowKernels<bfloat16_bits> bfloat16;
   RowKernels<float16_bits> float16;
+  TokenLoops<double> double_loops;
+  TokenLoops<float> float_loops;
 };
 
 // Null where this build or this processor does not have it.

@@ -379,6 +379,8 @@ AffineMap<accumulate_of<scalar_t>> lambda_value_loss_backward(
   return kernel(constants, values, attention_mask, loss_mask, T, carry, scale, grad_values);
 }
 
+#include "token_loops.h"
+
 template <class scalar_t>
 constexpr RowKernels<scalar_t> row_kernels() {
   return {
@@ -389,9 +391,26 @@ constexpr RowKernels<scalar_t> row_kernels() {
       lambda_return_backward<scalar_t>,
       lambda_value_loss<scalar_t>,
       lambda_value_loss_backward<scalar_t>,
+      widen_tokens<scalar_t>,
+      narrow_tokens<scalar_t>,
+  };
+}
+
+template <class acc_t>
+constexpr TokenLoops<acc_t> token_loops() {
+  return {
+      head_values<acc_t>, recurrence_terms<acc_t>, finish_returns<acc_t>, finish_adjoint<acc_t>, token_losses<acc_t>,
   };
 }
 
 constexpr InstructionSet instruction_set_named(const char* name) {
-  return {name, row_kernels<double>(), row_kernels<float>(), row_kernels<bfloat16_bits>(), row_kernels<float16_bits>()};
+  return {
+      name,
+      row_kernels<double>(),
+      row_kernels<float>(),
+      row_kernels<bfloat16_bits>(),
+      row_kernels<float16_bits>(),
+      token_loops<double>(),
+      token_loops<float>(),
+  };
 }

@@ -1,0 +1,149 @@
+#include "td_lambda_scan.h"
+
+namespace lambda_return::cpu {
+namespace {
+
+// out <- G, or G - V.
+template <class scalar_t>
+void write_returns(
+    const TdLambdaArguments& in, const Layout& layout, const Tensor& lam, bool advantages, const Tensor& out) {
+  using acc_t = accumulate_t<scalar_t>;
+  const auto rows = mutable_token_rows<kernel_t<scalar_t>>(out);
+  const auto& loops = token_loops(acc_t());
+  TdLambdaScan<scalar_t>(in, layout, lam).run([&](const Stretch& stretch) {
+    auto* row = layout.row_of(rows, stretch.row);
+    return [&, row](const auto& block) {
+      alignas(64) acc_t results[kBlock];
+      loops.finish_returns(
+          block.carries, block.rewards, advantages ? block.values : nullptr, block.mask, block.length, results);
+      kernels<scalar_t>().narrow(results, block.length, row + block.begin);
+    };
+  });
+}
+
+Tensor td_lambda(
+    const Tensor& values, const Tensor& terminal_rewards, const OptionalTensor& mask, const OptionalTensor& rewards,
+    const OptionalTensor& cu_seqlens, const Tensor& gamma, const Tensor& lam, bool advantages) {
+  const TdLambdaArguments in(values, terminal_rewards, mask, rewards, cu_seqlens, gamma, lam);
+  const Layout layout(in.shape);
+  Tensor out = in.shape.new_tokens();
+  THO_DISPATCH_V2(
+      values.scalar_type(), "td_lambda",
+      AT_WRAP([&] { write_returns<scalar_t>(in, layout, in.lam, advantages, out);
+  }), LAMBDA_RETURN_VALUE_TYPES);
+  return out;
+}
+
+std::tuple<Tensor, Tensor> td_lambda_pair(
+    const Tensor& values, const Tensor& terminal_rewards, const OptionalTensor& mask, const OptionalTensor& rewards,
+    const OptionalTensor& cu_seqlens, const Tensor& gamma, const Tensor& lam_returns, const Tensor& lam_advantages) {
+  const TdLambdaArguments in(values, terminal_rewards, mask, rewards, cu_seqlens, gamma, lam_returns);
+  const Tensor second_lam = in.shape.per_row(lam_advantages, "lam_advantages");
+  const Layout layout(in.shape);
+  Tensor returns = in.shape.new_tokens(), advantages = in.shape.new_tokens();
+  THO_DISPATCH_V2(values.scalar_type(), "td_lambda_pair", AT_WRAP([&] {
+    write_returns<scalar_t>(in, layout, in.lam, false, returns);
+    write_returns<scalar_t>(in, layout, second_lam, true, advantages);
+  }), LAMBDA_RETURN_VALUE_TYPES);
+  return {returns, advantages};
+}
+
+Tensor td_lambda_map(
+    const Tensor& values, const OptionalTensor& mask, const OptionalTensor& rewards, const OptionalTensor& cu_seqlens,
+    const Tensor& gamma, const Tensor& lam) {
+  const TdLambdaArguments in(values, std::nullopt, mask, rewards, cu_seqlens, gamma, lam);
+  const Layout layout(in.shape);
+  Tensor out = torch::stable::new_empty(values, {in.shape.B, 2}, accumulate_dtype(values));
+  THO_DISPATCH_V2(values.scalar_type(), "td_lambda_map", AT_WRAP([&] {
+    using acc_t = accumulate_t<scalar_t>;
+    auto* maps = static_cast<acc_t*>(out.mutable_data_ptr());
+    TdLambdaScan<scalar_t>(in, layout, in.lam).maps([&](int64_t row, const AffineMap<acc_t>& map) {
+      maps[2 * row] = map.a;
+      maps[2 * row + 1] = map.b;
+    });
+  }), LAMBDA_RETURN_VALUE_TYPES);
+  return out;
+}
+
+// The adjoint at grad_returns: see kernels/lambda_return.h.
+std::tuple<Tensor, Tensor, Tensor> td_lambda_backward(
+    const Tensor& grad_returns, const OptionalTensor& mask, const OptionalTensor& cu_seqlens, const Tensor& gamma,
+    const Tensor& lam, bool with_rewards) {
+  const TokenShape shape(grad_returns, "grad_returns", cu_seqlens);
+  const Layout layout(shape);
+  const Tensor grads = shape.rows(grad_returns), bytes = shape.optional_mask(mask, "mask");
+  const Tensor gammas = shape.per_row(gamma, "gamma"), lams = shape.per_row(lam, "lam");
+  const ScalarType acc_dtype = accumulate_dtype(grad_returns);
+  Tensor grad_values = shape.new_tokens();
+  Tensor grad_terminal = torch::stable::new_empty(grad_returns, {shape.B}, acc_dtype);
+  Tensor grad_rewards =
+      with_rewards ? shape.new_tokens(acc_dtype) : torch::stable::new_empty(grad_returns, {0}, acc_dtype);
+
+  THO_DISPATCH_V2(grad_returns.scalar_type(), "td_lambda_backward", AT_WRAP([&] {
+    using acc_t = accumulate_t<scalar_t>;
+    using value_t = kernel_t<scalar_t>;
+    const auto g = const_rows<value_t>(grads);
+    const auto m = const_rows_or_null<uint8_t>(bytes);
+    const auto dv = mutable_token_rows<value_t>(grad_values);
+    const auto dr = mutable_token_rows<acc_t>(grad_rewards, with_rewards);
+    auto* terminal = static_cast<acc_t*>(grad_terminal.mutable_data_ptr());
+    const auto discounts = DiscountRows::of(gammas, lams);
+    const auto rule = [&](int64_t row) { return AffineRule<acc_t>(discounts.at<acc_t>(row)); };
+    const auto& own = kernels<scalar_t>();
+    const auto& accumulated = kernels<acc_t>();
+    const auto& loops = token_loops(acc_t());
+
+    // Block by block from left to right: body(begin, length, gradients, mask, constants) -> map of the block.
+    const auto for_blocks = [&](const Stretch& stretch, const auto& body) {
+      alignas(64) acc_t widened[kBlock];
+      const auto* row_g = layout.row_of(g, stretch.row) + stretch.begin;
+      const auto* row_m = layout.row_of(m, stretch.row);
+      // A itself reaches the tokens; their weights come after.
+      const auto constants = accumulated.constants({acc_t(1), discounts.at<acc_t>(stretch.row).carry});
+      auto map = AffineMap<acc_t>::identity();
+      for (int64_t begin = 0; begin < stretch.length; begin += kBlock) {
+        const int64_t length = std::min(kBlock, stretch.length - begin);
+        own.widen(row_g + begin, length, widened);
+        const uint8_t* block_mask = row_m ? row_m + stretch.begin + begin : all_valid();
+        map = rule(stretch.row).compose(body(stretch.begin + begin, length, widened, block_mask, constants), map);
+      }
+      return map;
+    };
+    scan_rows<acc_t>(
+        layout.rows(), From::kLeft, rule, [](int64_t) { return acc_t(0); },
+        [&](const Stretch& stretch) {
+          return for_blocks(stretch, [&](int64_t, int64_t length, auto* x, auto* block_mask, const auto& constants) {
+            return accumulated.adjoint_map(constants, x, block_mask, length);
+          });
+        },
+        [&](const Stretch& stretch, acc_t carry) {
+          auto* row_dv = layout.row_of(dv, stretch.row);
+          auto* row_dr = layout.row_of(dr, stretch.row);
+          return for_blocks(
+              stretch, [&](int64_t begin, int64_t length, auto* x, auto* block_mask, const auto& constants) {
+                alignas(64) acc_t before[kBlock], results[kBlock];
+                const auto map =
+                    accumulated.lambda_return_backward(constants, x, block_mask, length, carry, before);
+                loops.finish_adjoint(
+                    before, x, block_mask, discounts.at<acc_t>(stretch.row), length, results,
+                    row_dr ? row_dr + begin : nullptr);
+                own.narrow(results, length, row_dv + begin);
+                carry = rule(stretch.row).apply(map, carry);
+                return map;
+              });
+        },
+        [&](int64_t row, acc_t carry) { terminal[row] = carry; });
+  }), LAMBDA_RETURN_VALUE_TYPES);
+  return {grad_values, grad_terminal, grad_rewards};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(lambda_return, CPU, m) {
+  m.impl("td_lambda", TORCH_BOX(&td_lambda));
+  m.impl("td_lambda_pair", TORCH_BOX(&td_lambda_pair));
+  m.impl("td_lambda_map", TORCH_BOX(&td_lambda_map));
+  m.impl("td_lambda_backward", TORCH_BOX(&td_lambda_backward));
+}
+
+}  // namespace lambda_return::cpu

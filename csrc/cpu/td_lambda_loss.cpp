@@ -1,0 +1,167 @@
+#include "td_lambda_scan.h"
+
+namespace lambda_return::cpu {
+namespace {
+
+// Runs take(block, row, loss block) over all tokens, with what the loss needs of each block laid out.
+template <class scalar_t, class Take>
+void for_loss_blocks(const TdLambdaLossArguments& in, const Layout& layout, const Take& take) {
+  using acc_t = accumulate_t<scalar_t>;
+  using value_t = kernel_t<scalar_t>;
+  const auto attention = const_rows_or_null<uint8_t>(in.attention_mask);
+  const auto old = const_rows_or_null<value_t>(in.old_values);
+  const bool one_mask = !in.attention_mask.defined() ||
+                        (in.mask.defined() && in.attention_mask.const_data_ptr() == in.mask.const_data_ptr() &&
+                         in.attention_mask.stride(0) == in.mask.stride(0));
+  TdLambdaScan<scalar_t>(in, layout, in.lam, in.kind == LossKind::kBceLogits).run([&](const Stretch& stretch) {
+    const uint8_t* row_attention = one_mask ? nullptr : layout.row_of(attention, stretch.row);
+    const value_t* row_old = layout.row_of(old, stretch.row);
+    return [&take, stretch, row_attention, row_old](const auto& block) {
+      alignas(64) acc_t old_values[kBlock];
+      alignas(64) uint8_t both[kBlock];
+      if (row_old != nullptr) kernels<scalar_t>().widen(row_old + block.begin, block.length, old_values);
+      if (row_attention != nullptr) {
+        for (int64_t t = 0; t < block.length; ++t) {
+          both[t] = block.mask[t] != 0 && row_attention[block.begin + t] != 0;
+        }
+      }
+      take(
+          stretch, block,
+          LossBlock<acc_t>{
+              block.length, block.outputs, block.values, block.carries, block.rewards,
+              row_old != nullptr ? old_values : nullptr, row_attention != nullptr ? both : block.mask, nullptr,
+              nullptr});
+    };
+  });
+}
+
+// The sums of each row, added up over its stretches in their order.
+std::vector<TokenSums> row_sums(const RowShape& rows, const std::vector<TokenSums>& parts) {
+  std::vector<TokenSums> sums(rows.B);
+  const TokenSums* part = parts.data();
+  for (int64_t row = 0; row < rows.B; ++row) {
+    for (int64_t index = 0; index < rows.stretches(row); ++index) {
+      sums[row].add(*part++);
+    }
+  }
+  return sums;
+}
+
+double reciprocal(double x) { return x == 0 ? 0 : 1 / x; }
+
+// Element i of a contiguous float32 or float64 tensor, and of a 0-dim one.
+void write(const Tensor& x, int64_t i, double value) {
+  if (x.scalar_type() == ScalarType::Double) {
+    static_cast<double*>(x.mutable_data_ptr())[i] = value;
+  } else {
+    static_cast<float*>(x.mutable_data_ptr())[i] = static_cast<float>(value);
+  }
+}
+double read(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? *static_cast<const double*>(x.const_data_ptr())
+                                               : double(*static_cast<const float*>(x.const_data_ptr()));
+}
+
+std::tuple<Tensor, Tensor, Tensor> td_lambda_loss(
+    const Tensor& values, const Tensor& terminal_rewards, const OptionalTensor& mask,
+    const OptionalTensor& attention_mask, const OptionalTensor& rewards, const OptionalTensor& old_values,
+    const OptionalTensor& cu_seqlens, const Tensor& gamma, const Tensor& lam, const OptionalTensor& normalizer,
+    int64_t kind, double delta, double clip_range, int64_t reduction) {
+  const TdLambdaLossArguments in(
+      values, terminal_rewards, mask, attention_mask, rewards, old_values, cu_seqlens, gamma, lam, kind, delta,
+      clip_range, reduction);
+  if (normalizer) check_scalar(*normalizer, "normalizer", values);
+  const Layout layout(in.shape);
+  const RowShape& rows = layout.rows();
+  const ScalarType acc_dtype = accumulate_dtype(values);
+  const bool token_losses = in.reduction == Reduction::kNone;
+  Tensor loss = token_losses ? in.shape.new_tokens(acc_dtype) : torch::stable::new_empty(values, {}, acc_dtype);
+  Tensor scale = torch::stable::new_empty(values, {rows.B}, acc_dtype);
+  Tensor statistics = torch::stable::new_empty(values, {TokenSums::kStatistics}, ScalarType::Double);
+
+  std::vector<int64_t> first_part(rows.B + 1, 0);
+  for (int64_t row = 0; row < rows.B; ++row) first_part[row + 1] = first_part[row] + rows.stretches(row);
+  std::vector<TokenSums> parts(first_part[rows.B]);
+
+  THO_DISPATCH_V2(values.scalar_type(), "td_lambda_loss", AT_WRAP([&] {
+    using acc_t = accumulate_t<scalar_t>;
+    const auto token_loss = in.token_loss<acc_t>();
+    const auto losses = mutable_token_rows<acc_t>(loss, token_losses);
+    for_loss_blocks<scalar_t>(in, layout, [&](const Stretch& stretch, const auto& block, LossBlock<acc_t> tokens) {
+      if (token_losses) tokens.losses = layout.row_of(losses, stretch.row) + block.begin;
+      token_loops(acc_t()).token_losses(token_loss, tokens, &parts[first_part[stretch.row] + stretch.index]);
+    });
+  }), LAMBDA_RETURN_VALUE_TYPES);
+
+  const std::vector<TokenSums> sums = row_sums(rows, parts);
+  TokenSums all;
+  double sequences = 0, of_sequences = 0;
+  for (const TokenSums& row : sums) {
+    all.add(row);
+    sequences += row.tokens > 0;
+    of_sequences += row.loss * reciprocal(row.tokens);
+  }
+  const bool by_sequence = in.reduction == Reduction::kSequenceMean;
+  double denominator = 1;
+  if (normalizer) {
+    denominator = read(contiguous_as(*normalizer, acc_dtype));
+  } else if (by_sequence || in.reduction == Reduction::kTokenMean) {
+    denominator = by_sequence ? sequences : all.tokens;
+  }
+  const double factor = reciprocal(denominator);
+  for (int64_t row = 0; row < rows.B; ++row) {
+    write(scale, row, by_sequence ? factor * reciprocal(sums[row].tokens) : factor);
+  }
+  if (!token_losses) write(loss, 0, (by_sequence ? of_sequences : all.loss) * factor);
+  const double kept[] = {all.tokens, all.returns, all.squared_returns, all.errors, all.squared_errors, all.clipped};
+  std::copy(std::begin(kept), std::end(kept), static_cast<double*>(statistics.mutable_data_ptr()));
+  return {loss, scale, statistics};
+}
+
+Tensor td_lambda_loss_backward(
+    const Tensor& grad_loss, const Tensor& scale, const Tensor& values, const Tensor& terminal_rewards,
+    const OptionalTensor& mask, const OptionalTensor& attention_mask, const OptionalTensor& rewards,
+    const OptionalTensor& old_values, const OptionalTensor& cu_seqlens, const Tensor& gamma, const Tensor& lam,
+    int64_t kind, double delta, double clip_range, int64_t reduction) {
+  const TdLambdaLossArguments in(
+      values, terminal_rewards, mask, attention_mask, rewards, old_values, cu_seqlens, gamma, lam, kind, delta,
+      clip_range, reduction);
+  const Layout layout(in.shape);
+  const bool of_tokens = in.reduction == Reduction::kNone;
+  if (!of_tokens) check_scalar(grad_loss, "grad_loss", values);
+  const Tensor grads = of_tokens ? in.shape.optional_accumulated(grad_loss, "grad_loss")
+                                 : contiguous_as(grad_loss, accumulate_dtype(values));
+  const Tensor scales = in.shape.per_sequence(scale, "scale");
+  Tensor grad_values = in.shape.new_tokens();
+
+  THO_DISPATCH_V2(values.scalar_type(), "td_lambda_loss_backward", AT_WRAP([&] {
+    using acc_t = accumulate_t<scalar_t>;
+    const auto token_loss = in.token_loss<acc_t>();
+    const auto g = const_rows_or_null<acc_t>(of_tokens ? grads : Tensor());
+    const auto dv = mutable_token_rows<kernel_t<scalar_t>>(grad_values);
+    const auto* grad = static_cast<const acc_t*>(grads.const_data_ptr());
+    const auto* row_scale = static_cast<const acc_t*>(scales.const_data_ptr());
+    for_loss_blocks<scalar_t>(in, layout, [&](const Stretch& stretch, const auto& block, LossBlock<acc_t> tokens) {
+      alignas(64) acc_t derivatives[kBlock];
+      tokens.derivatives = derivatives;
+      token_loops(acc_t()).token_losses(token_loss, tokens, nullptr);
+      const acc_t* row_g = layout.row_of(g, stretch.row);
+      const acc_t factor = of_tokens ? acc_t(0) : *grad * row_scale[stretch.row];
+      for (int64_t t = 0; t < tokens.length; ++t) {
+        const acc_t weighted = derivatives[t] * (of_tokens ? row_g[block.begin + t] : factor);
+        derivatives[t] = tokens.counts[t] != 0 ? weighted : acc_t(0);
+      }
+      kernels<scalar_t>().narrow(derivatives, block.length, layout.row_of(dv, stretch.row) + block.begin);
+    });
+  }), LAMBDA_RETURN_VALUE_TYPES);
+  return grad_values;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(lambda_return, CPU, m) {
+  m.impl("td_lambda_loss", TORCH_BOX(&td_lambda_loss));
+  m.impl("td_lambda_loss_backward", TORCH_BOX(&td_lambda_loss_backward));
+}
+
+}  // namespace lambda_return::cpu

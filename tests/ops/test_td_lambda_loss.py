@@ -1,0 +1,353 @@
+"""The general fused loss: every formula, reduction and option, padded and packed, forward and backward."""
+
+import itertools
+
+import pytest
+import torch
+from ops_testing import ROUNDED_DTYPES, VALUE_DTYPES, leaf, make_batch, poisoned, rng
+from td_lambda_testing import LENGTHS, packed, padded
+from torch import nn
+
+import lambda_return_ext as lr
+from lambda_return_ext import reference
+from lambda_return_ext._registrations import LOSS_KINDS, REDUCTIONS
+
+_ops = torch.ops.lambda_return
+
+CLIPPED = ("mse", "huber", "smooth_l1")
+
+
+def attention(case):
+    return torch.rand(case.values.shape, generator=rng(9)) < 0.8
+
+
+def outputs_for(loss, case):
+    """The head's outputs: logits, probabilities or values, and old ones that clip some."""
+    if loss == "bce_with_logits":
+        return case.values * 6 - 3, None
+    if loss == "bce":
+        return case.values * 0.9 + 0.05, None
+    old = case.values + torch.randn(case.values.shape, generator=rng(3)) * 0.3
+    return case.values, old.to(case.values.dtype)
+
+
+def ours(case, outputs, **options):
+    if case.cu_seqlens is None:
+        return lr.compute_lambda_value_loss(
+            outputs, case.terminal_rewards, attention(case), case.loss_mask, case.gamma, case.lam, **options
+        )
+    # The packed form has one mask: the window is what attention leaves of it.
+    return lr.lambda_value_loss_varlen(
+        outputs,
+        case.terminal_rewards,
+        case.cu_seqlens,
+        case.loss_mask & attention(case),
+        case.gamma,
+        case.lam,
+        output_mask=case.loss_mask,
+        **options,
+    )
+
+
+def expected(case, outputs, loss="mse", reduction="token_mean", normalizer=None, **options):
+    """The same in float64 by the reference, with the targets held constant."""
+    outputs = outputs.double()
+    values = outputs.sigmoid() if loss == "bce_with_logits" else outputs
+    targets = case.returns(
+        reference.compute_lambda_return if case.cu_seqlens is None else reference.lambda_return_varlen,
+        values=values.detach(),
+        rewards=options.pop("rewards", None),
+        bootstrap_values=options.pop("bootstrap_values", None),
+    )
+    counts = case.loss_mask & attention(case)
+    losses, statistics = reference.token_losses(outputs, targets, counts, loss, **options)
+    return reference.reduce_losses(losses, counts, reduction, normalizer, case.cu_seqlens), statistics
+
+
+def assert_equals_reference(case, outputs, tolerance, **options):
+    x = leaf(outputs)
+    result, statistics = ours(case, x, return_statistics=True, **options)
+    y = leaf(outputs.double())
+    for name in ("old_values",):
+        if options.get(name) is not None:
+            options[name] = options[name].double()
+    exact, exact_statistics = expected(case, y, **options)
+    assert result.dtype == (torch.float64 if outputs.dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(result.double(), exact, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(statistics, exact_statistics, rtol=tolerance, atol=tolerance)
+    weight = torch.rand(exact.shape, generator=rng(5), dtype=torch.float64)
+    (grad,) = torch.autograd.grad(result, x, weight.to(result.dtype))
+    (exact_grad,) = torch.autograd.grad(exact, y, weight)
+    if outputs.dtype not in (torch.float64, torch.float32):
+        tolerance = torch.finfo(outputs.dtype).eps
+    scale = exact_grad.abs().max().clamp(min=1e-30)
+    torch.testing.assert_close(grad.double() / scale, exact_grad / scale, rtol=tolerance, atol=tolerance)
+    assert (grad[~(case.loss_mask & attention(case))] == 0).all()
+
+
+@pytest.mark.parametrize("where", ["padded", "packed"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("loss", LOSS_KINDS)
+def test_every_loss_and_reduction_equals_the_reference(loss, reduction, where):
+    case = padded("empty_rows", T=40) if where == "padded" else packed()
+    outputs, old_values = outputs_for(loss, case)
+    for rewards, clip in itertools.product([None, case.rewards], [False, True]):
+        options = {"loss": loss, "reduction": reduction, "rewards": rewards, "delta": 0.3}
+        if loss.startswith("bce") and rewards is not None:
+            continue  # targets beyond [0, 1]
+        if clip and loss in CLIPPED:
+            options |= {"old_values": old_values, "clip_range": 0.2}
+        if not loss.startswith("bce"):
+            options["bootstrap_values"] = case.bootstrap_values
+        assert_equals_reference(case, outputs, 1e-12, **options)
+        if reduction.endswith("_mean"):
+            assert_equals_reference(case, outputs, 1e-12, **options, normalizer=torch.tensor(17.0))
+
+
+@pytest.mark.parametrize("dtype", ROUNDED_DTYPES)
+@pytest.mark.parametrize("loss", LOSS_KINDS)
+@pytest.mark.parametrize("lengths", LENGTHS[1:], ids=str)
+def test_every_dtype_and_length(lengths, loss, dtype):
+    case = packed(lengths, dtype)
+    outputs, old_values = outputs_for(loss, case)
+    options = {"old_values": old_values, "clip_range": 0.25} if loss in CLIPPED else {}
+    assert_equals_reference(case, outputs, 2e-5, loss=loss, reduction="sequence_mean", **options)
+
+
+@pytest.mark.parametrize("dtype", VALUE_DTYPES)
+@pytest.mark.parametrize("lam", [0.0, 0.9, 1.0])
+def test_the_defaults_as_tensors_are_the_plain_fused_loss(lam, dtype):
+    batch = make_batch("conversation", 6, 1500, dtype)
+
+    def run(*discounts):
+        values = leaf(batch.values)
+        loss = lr.compute_lambda_value_loss(values, *batch[1:], *discounts)
+        return loss.detach(), *torch.autograd.grad(loss, values)
+
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    for general, plain in zip(
+        run(torch.tensor(1.0), torch.tensor(lam, dtype=torch.float64)), run(1.0, lam), strict=True
+    ):
+        # A value next to a rounding boundary of a half may fall to either side of it.
+        atol = torch.finfo(dtype).eps * plain.abs().max().item() if plain.dim() else 0
+        torch.testing.assert_close(general, plain, rtol=tolerance, atol=max(atol, 1e-12))
+
+
+def test_the_formulas_are_those_of_torch():
+    # One token with no token after it: G = R, whatever lambda is.
+    x = torch.linspace(-3, 3, 13, dtype=torch.float64)
+    mask = torch.ones(13, 1)
+    rewards = torch.full((13,), 0.25, dtype=torch.float64)
+
+    def tokens(outputs, **options):
+        return lr.compute_lambda_value_loss(outputs[:, None], rewards, mask, mask, reduction="none", **options)[:, 0]
+
+    functional = nn.functional
+    torch.testing.assert_close(tokens(x), (x - rewards) ** 2)
+    torch.testing.assert_close(
+        tokens(x, loss="huber", delta=0.7), functional.huber_loss(x, rewards, reduction="none", delta=0.7)
+    )
+    torch.testing.assert_close(
+        tokens(x, loss="smooth_l1", delta=0.7), functional.smooth_l1_loss(x, rewards, reduction="none", beta=0.7)
+    )
+    torch.testing.assert_close(
+        tokens(x, loss="bce_with_logits"),
+        functional.binary_cross_entropy_with_logits(x, rewards, reduction="none"),
+    )
+    p = torch.tensor([0.0, 1e-30, 0.3, 0.999, 1.0, *[0.5] * 8], dtype=torch.float64)
+    torch.testing.assert_close(tokens(p, loss="bce"), functional.binary_cross_entropy(p, rewards, reduction="none"))
+    extreme = torch.tensor([-1e4, 1e4, -800.0, 800.0, *[0.0] * 9], dtype=torch.float64)
+    logits = leaf(extreme)
+    losses = tokens(logits, loss="bce_with_logits")
+    torch.testing.assert_close(torch.autograd.grad(losses.sum(), logits)[0], extreme.sigmoid() - rewards)
+    assert losses.isfinite().all()
+    # PPO: the larger of both losses, no gradient where the clipped one is larger and out of range.
+    v, old = leaf(torch.tensor([[0.9], [0.1], [0.5]])), torch.tensor([[0.5], [0.5], [0.45]])
+    loss, statistics = lr.compute_lambda_value_loss(
+        v,
+        torch.ones(3),
+        mask[:3],
+        mask[:3],
+        old_values=old,
+        clip_range=0.2,
+        reduction="sum",
+        return_statistics=True,
+    )
+    # 0.9 moved towards 1 by more than 0.2: the loss of 0.7 is larger and flat.
+    torch.testing.assert_close(loss, torch.tensor((1 - 0.7) ** 2 + (1 - 0.1) ** 2 + (1 - 0.5) ** 2))
+    torch.testing.assert_close(torch.autograd.grad(loss, v)[0], torch.tensor([[0.0], [-1.8], [-1.0]]))
+    assert statistics[5] == 1
+
+
+def test_a_window_of_the_output_keeps_its_true_end():
+    case = padded("dense", B=3, T=30)
+    window = torch.zeros(3, 30, dtype=torch.bool)
+    window[:, 4:9] = True
+    loss, statistics = lr.compute_lambda_value_loss(
+        case.values,
+        case.terminal_rewards,
+        torch.ones(3, 30),
+        window,
+        1.0,
+        0.9,
+        output_mask=case.loss_mask,
+        return_statistics=True,
+    )
+    targets = reference.compute_lambda_return(case.values, case.terminal_rewards, case.loss_mask, 1.0, 0.9)
+    torch.testing.assert_close(loss, ((case.values - targets)[window] ** 2).mean())
+    assert statistics[0] == window.sum()
+    # Without it the terminal reward arrives at the end of the window.
+    cut = lr.compute_lambda_value_loss(case.values, case.terminal_rewards, torch.ones(3, 30), window, 1.0, 0.9)
+    assert abs(cut - loss) > 1e-3
+
+
+@pytest.mark.parametrize("loss", LOSS_KINDS)
+@pytest.mark.parametrize("where", ["padded", "packed"])
+def test_nothing_at_a_masked_position_is_used(where, loss):
+    case = padded() if where == "padded" else packed()
+    outputs, old_values = outputs_for(loss, case)
+    options = {"loss": loss, "rewards": case.rewards}
+    if loss in CLIPPED:
+        options |= {"old_values": old_values, "clip_range": 0.2}
+    results = []
+    for bad in (False, True):
+        for detach in (True, False):
+            if bad:
+                for name in ("rewards", "old_values"):
+                    if name in options:
+                        options[name] = poisoned(options[name], case.loss_mask)
+            x = leaf(poisoned(outputs, case.loss_mask) if bad else outputs)
+            result, statistics = ours(case, x, **options, return_statistics=True, detach_targets=detach)
+            results.append((result.detach(), statistics, *torch.autograd.grad(result, x)))
+    for clean, bad in zip(results[:2], results[2:], strict=True):
+        assert all(map(torch.equal, clean, bad))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("shape", [(3, 7), (0, 7), (3, 0), (0, 0)])
+def test_no_token_at_all_gives_0_and_no_gradient(shape, reduction):
+    values = torch.full(shape, float("nan"), requires_grad=True)
+    nothing = torch.zeros(shape)
+    loss, statistics = lr.compute_lambda_value_loss(
+        values, torch.ones(shape[0]), nothing, nothing, reduction=reduction, return_statistics=True
+    )
+    (grad,) = torch.autograd.grad(loss.sum(), values)
+    assert all((x == 0).all() for x in (loss, grad, statistics))
+
+
+def test_a_rank_without_tokens_adds_0_to_the_sum_over_ranks():
+    case = padded(B=4)
+    whole = lr.compute_lambda_value_loss(*case[:2], case.loss_mask, case.loss_mask, loss="huber")
+    count = case.loss_mask.sum()
+    parts = [case._replace(loss_mask=case.loss_mask & (torch.arange(4) < 3)[:, None])]
+    parts.append(case._replace(loss_mask=case.loss_mask & (torch.arange(4) >= 3)[:, None]))
+    parts.append(case._replace(loss_mask=torch.zeros_like(case.loss_mask)))
+    losses = [
+        lr.compute_lambda_value_loss(*p[:2], p.loss_mask, p.loss_mask, loss="huber", normalizer=count) for p in parts
+    ]
+    torch.testing.assert_close(sum(losses), whole)
+    assert losses[2] == 0
+    nothing = torch.zeros((), dtype=torch.int64)
+    assert lr.compute_lambda_value_loss(*case[:2], case.loss_mask, case.loss_mask, normalizer=nothing) == 0
+
+
+def test_explained_variance_is_exact_after_one_sum():
+    case = padded(B=8, T=64)
+    _, whole = ours(case, case.values, return_statistics=True)
+    parts = []
+    for rows in (slice(0, 3), slice(3, 8)):
+        part = case._replace(**{name: getattr(case, name)[rows] for name in case._fields[:7]})
+        _, statistics = lr.compute_lambda_value_loss(
+            part.values,
+            part.terminal_rewards,
+            attention(case)[rows],
+            part.loss_mask,
+            part.gamma,
+            part.lam,
+            return_statistics=True,
+        )
+        parts.append(statistics)
+    torch.testing.assert_close(sum(parts), whole, rtol=1e-13, atol=1e-13)
+    counts = case.loss_mask & attention(case)
+    targets = reference.compute_lambda_return(case.values, *case[1:5])[counts]
+    errors = targets - case.values[counts]
+    expected = 1 - errors.var(correction=0) / targets.var(correction=0)
+    torch.testing.assert_close(lr.explained_variance(sum(parts)), expected)
+    assert lr.explained_variance(torch.zeros(6)).isnan()
+
+
+@pytest.mark.parametrize("loss", LOSS_KINDS)
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean", "none"])
+def test_the_full_gradient_flows_through_the_targets(reduction, loss):
+    case = padded(B=3, T=5)
+    case = case._replace(values=case.values * 0.8 + 0.1)
+    outputs, old_values = outputs_for(loss, case)
+    options = {"old_values": old_values, "clip_range": 0.3} if loss in CLIPPED else {}
+
+    def function(x):
+        return ours(case, x, loss=loss, reduction=reduction, detach_targets=False, delta=0.4, **options)
+
+    x = leaf(outputs)
+    torch.testing.assert_close(function(x), ours(case, x, loss=loss, reduction=reduction, delta=0.4, **options))
+    torch.autograd.gradcheck(function, x)
+    torch.autograd.gradgradcheck(function, x)
+
+
+@pytest.mark.parametrize("loss", ["mse", "bce_with_logits"])
+@pytest.mark.parametrize("where", ["padded", "packed"])
+def test_opcheck(where, loss):
+    case = padded(dtype=torch.float32) if where == "padded" else packed(dtype=torch.float32)
+    arguments = (
+        case.terminal_rewards,
+        case.loss_mask,
+        attention(case),
+        case.rewards,
+        case.values if loss == "mse" else None,
+        case.cu_seqlens,
+        case.gamma,
+        case.lam,
+    )
+    options = (LOSS_KINDS.index(loss), 1.0, 0.2 if loss == "mse" else 0.0)
+    for reduction in (0, 3):
+        torch.library.opcheck(
+            _ops.td_lambda_loss.default, (leaf(case.values), *arguments, torch.tensor(9.0), *options, reduction)
+        )
+        grad = torch.ones(case.values.shape if reduction == 3 else ())
+        torch.library.opcheck(
+            _ops.td_lambda_loss_backward.default,
+            (grad, torch.ones(5), case.values, *arguments, *options, reduction),
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss": "l2"}, "loss must be one of mse, huber, smooth_l1, bce, bce_with_logits, got 'l2'"),
+        ({"reduction": "mean"}, "reduction must be one of token_mean, sequence_mean, sum, none, got 'mean'"),
+        ({"loss": "huber", "delta": 0.0}, "delta must be finite and above 0, got 0.0"),
+        ({"loss": "huber", "delta": "1"}, "delta must be a float, got str"),
+        ({"clip_range": 0.2}, "old_values must be given with clip_range, got None"),
+        ({"old_values": torch.zeros(5, 23)}, "clip_range must be given with old_values, got None"),
+        (
+            {"old_values": torch.zeros(5, 23).double(), "clip_range": -1.0},
+            "clip_range must be finite and above 0, got -1.0",
+        ),
+        ({"old_values": torch.zeros(5, 2), "clip_range": 1.0}, "old_values must have the shape of the values"),
+        (
+            {"old_values": torch.zeros(5, 23).half(), "clip_range": 1.0},
+            "old_values must have the dtype of the values, torch.float64, got torch.float16",
+        ),
+        (
+            {"loss": "bce", "old_values": torch.zeros(5, 23), "clip_range": 1.0},
+            "old_values must be None with loss 'bce'",
+        ),
+        ({"normalizer": torch.tensor(1.0), "reduction": "sum"}, "normalizer must be None with reduction 'sum'"),
+        ({"normalizer": torch.ones(5)}, r"normalizer must be real and 0-dim, got torch.float32 \[5\]"),
+        ({"output_mask": torch.ones(5, 22)}, "output_mask must have the shape of the values"),
+    ],
+    ids=lambda x: ",".join(x) if isinstance(x, dict) else "",
+)
+def test_argument_errors(options, message):
+    case = padded()
+    with pytest.raises((ValueError, TypeError), match=message):
+        ours(case, case.values, **options)
