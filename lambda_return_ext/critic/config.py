@@ -35,11 +35,17 @@ class DataConfig(Section):
     """Where the pairs come from and how they are split."""
 
     path: Text
+    subset: Text | None = None
+    split: Text = "train"
+    chat_template: Text | None = None
     max_length: PositiveInt = 512
+    overlong: Literal["drop", "truncate_prompt"] = "drop"
     validation_problems: PositiveInt = 64
     train_problems: PositiveInt | None = None
     pairs_per_problem: PositiveInt | None = None
+    length_bin: PositiveInt | None = None
     split_seed: int = 0
+    pad_to_multiple_of: PositiveInt = 1
 
 
 class HeadConfig(Section):

@@ -1,13 +1,14 @@
-"""Pairs of right and wrong solutions: read, check, split by problem, tokenise, batch."""
+"""Pairs of right and wrong solutions: tokenise, split by problem, sample, batch."""
 
 from __future__ import annotations
 
 import hashlib
-import json
+import itertools
 import random
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -15,23 +16,32 @@ from torch import Tensor
 
 from lambda_return_ext.critic.config import DataConfig
 from lambda_return_ext.critic.errors import UserError
-
-
-class Pair(NamedTuple):
-    """One line of the data file."""
-
-    problem: str
-    prompt: str
-    chosen: str
-    rejected: str
-    line: int
+from lambda_return_ext.critic.examples import Example, Piece, Renderer, parse_example, read_chat_template
+from lambda_return_ext.critic.sources import Source
 
 
 class Solution(NamedTuple):
-    """A tokenised prompt and one tokenised answer to it."""
+    """A tokenised prompt and one tokenised answer to it.
+
+    Attributes:
+        prompt_ids: the prompt.
+        output_ids: all that follows it.
+        output_mask: which of those the model wrote; the others are gaps, such as a tool's output. None: all.
+    """
 
     prompt_ids: tuple[int, ...]
     output_ids: tuple[int, ...]
+    output_mask: tuple[bool, ...] | None = None
+
+    @property
+    def outputs(self) -> int:
+        """Number of output tokens: those that carry loss and count in metrics."""
+        return len(self.output_ids) if self.output_mask is None else sum(self.output_mask)
+
+    @property
+    def length(self) -> int:
+        """Number of all tokens."""
+        return len(self.prompt_ids) + len(self.output_ids)
 
 
 class TokenPair(NamedTuple):
@@ -44,7 +54,22 @@ class TokenPair(NamedTuple):
     @property
     def length(self) -> int:
         """Tokens of the longer side, by which batches are put together whether or not features are cached."""
-        return len(self.right.prompt_ids) + max(len(self.right.output_ids), len(self.wrong.output_ids))
+        return max(self.right.length, self.wrong.length)
+
+
+@dataclass
+class Problem:
+    """What the data has of one problem.
+
+    Attributes:
+        pairs: pairs that the data gives as such.
+        right: right solutions that may be paired with any wrong one.
+        wrong: wrong solutions that may be paired with any right one.
+    """
+
+    pairs: list[TokenPair] = field(default_factory=list)
+    right: list[Solution] = field(default_factory=list)
+    wrong: list[Solution] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -54,106 +79,144 @@ class PairData:
     Attributes:
         train: pairs to train on.
         validation: pairs of problems that `train` has none of.
-        dropped: pairs left out because a solution does not fit into `max_length`.
+        possible: number of pairs that could be made of the problems of `train` and of `validation`.
+        dropped: what was left out, and how much of it.
+        truncated: number of pairs whose prompt lost its beginning.
     """
 
     train: list[TokenPair]
     validation: list[TokenPair]
-    dropped: int
+    possible: dict[str, int]
+    dropped: dict[str, int]
+    truncated: int
+
+    def report(self) -> dict[str, Any]:
+        """The data in numbers."""
+        parts = {"train": self.train, "validation": self.validation}
+        return {
+            **{name: {**_describe(pairs), "possible_pairs": self.possible[name]} for name, pairs in parts.items()},
+            "truncated_prompts": self.truncated,
+            "dropped": self.dropped,
+        }
 
 
-def select_pairs(pairs: Sequence[Pair], tokenizer: Any, config: DataConfig) -> PairData:
-    """Tokenise the pairs of the data file, split them by problem and take as many as the configuration says.
-
-    A prompt as long as `max_length` is an error. A pair of which one side is longer than `max_length` is dropped
-    and counted: cut short, a solution would end where nothing says whether it was right.
-
-    Raises:
-        UserError: a prompt is too long, or there are too few problems for the split.
-    """
-    tokenized = tokenize_pairs(pairs, tokenizer, config)
-    groups = group_by_problem(tokenized)
-    wanted = config.validation_problems + (config.train_problems or 1)
-    if len(groups) < wanted:
-        raise UserError(
-            f"data.validation_problems + data.train_problems must be at most the number of problems in {config.path} "
-            f"that fit into data.max_length, got {wanted} for {len(groups)} problems"
-        )
-    order = sorted(groups, key=lambda problem: _stable_hash(config.split_seed, problem))
-    last = None if config.train_problems is None else wanted
-    return PairData(
-        train=_sample(groups, order[config.validation_problems : last], config),
-        validation=_sample(groups, order[: config.validation_problems], config),
-        dropped=len(pairs) - len(tokenized),
-    )
+def _describe(pairs: Sequence[TokenPair]) -> dict[str, Any]:
+    gains = [pair.right.outputs - pair.wrong.outputs for pair in pairs]
+    return {
+        "problems": len({pair.problem for pair in pairs}),
+        "pairs": len(pairs),
+        "tokens": sum(pair.right.length + pair.wrong.length for pair in pairs),
+        "output_tokens": sum(pair.right.outputs + pair.wrong.outputs for pair in pairs),
+        "mean_length_right": fmean(pair.right.outputs for pair in pairs),
+        "mean_length_wrong": fmean(pair.wrong.outputs for pair in pairs),
+        "right_longer": sum(gain > 0 for gain in gains) / len(pairs),
+        "right_shorter": sum(gain < 0 for gain in gains) / len(pairs),
+    }
 
 
-def read_pairs(path: str | Path) -> tuple[list[Pair], str]:
-    """Read a JSONL file of pairs; return them and the file's SHA-256, by which a run notices that its data changed.
+def read_examples(config: DataConfig) -> tuple[list[Example], str]:
+    """Read and check all rows; return them and a digest, by which a run notices that its data changed.
 
     Raises:
         UserError: names the file and the line that is wrong, what it must be and what it got.
     """
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
+    source = Source(config.path, config.subset, config.split)
+    examples = [parse_example(row) for row in source]
+    if not examples:
+        raise UserError(f"{config.path} must hold at least one pair, got an empty file")
+    return examples, source.sha256()
+
+
+def select_pairs(examples: Sequence[Example], tokenizer: Any, config: DataConfig) -> PairData:
+    """Tokenise the examples, split them by problem and take as many pairs as the configuration says.
+
+    A pair of which one side is longer than `max_length` is dropped and counted: cut short, a solution would end
+    where nothing says whether it was right. So is a prompt as long as that an error, unless prompts may be cut.
+
+    Raises:
+        UserError: a prompt is too long, or there are too few problems for the split.
+    """
+    dropped: Counter[str] = Counter()
+    solutions = tokenize(examples, Renderer(tokenizer, read_chat_template(config.chat_template)))
+    if config.overlong == "drop":
+        for example, answers in zip(examples, solutions, strict=True):
+            check_prompt(example, answers[0], config.max_length)
+    problems = group_by_problem(examples, solutions)
+    sampled: dict[str, tuple[list[TokenPair], int]] = {}
+    for name, problem in problems.items():
+        pairs, possible = sample_pairs(name, problem, config, dropped)
+        if pairs:
+            sampled[name] = pairs, possible
+        else:
+            dropped["problems without a pair"] += 1
+    wanted = config.validation_problems + (config.train_problems or 1)
+    if len(sampled) < wanted:
+        reasons = "; ".join(f"dropped {number} {reason}" for reason, number in dropped.items())
         raise UserError(
-            f"data.path must be a readable JSONL file, got {str(path)!r}: {error.strerror}; "
-            "`lambda-critic make-data codeio` writes the demo's"
-        ) from error
-    pairs = [_parse(line, f"{path}:{n}", n) for n, line in enumerate(content.splitlines(), 1) if line.strip()]
-    if not pairs:
-        raise UserError(f"{path} must hold at least one pair, got an empty file")
-    return pairs, hashlib.sha256(content).hexdigest()
+            f"data.validation_problems + data.train_problems must be at most the number of problems in {config.path} "
+            f"that fit into data.max_length, got {wanted} for {len(sampled)} problems{f' ({reasons})' * bool(reasons)}"
+        )
+    order = sorted(sampled, key=lambda problem: _stable_hash(config.split_seed, problem))
+    last = None if config.train_problems is None else wanted
+    chosen = {"train": order[config.validation_problems : last], "validation": order[: config.validation_problems]}
+    whole = {part: [pair for name in names for pair in sampled[name][0]] for part, names in chosen.items()}
+    fitted = {part: [fit_prompt(pair, config.max_length) for pair in pairs] for part, pairs in whole.items()}
+    return PairData(
+        train=fitted["train"],
+        validation=fitted["validation"],
+        possible={part: sum(sampled[name][1] for name in names) for part, names in chosen.items()},
+        dropped=dict(dropped),
+        truncated=sum(pair.length > config.max_length for pairs in whole.values() for pair in pairs),
+    )
 
 
-def _parse(line: bytes, where: str, number: int) -> Pair:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}: a line must be one JSON object, got {line[:60]!r}: {error}") from error
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: a line must be one JSON object, got {type(record).__name__}")
-    texts: dict[str, str] = {}
-    for key in ("problem_id", "prompt", "chosen", "rejected"):
-        if key not in record:
-            raise UserError(f"{where}: the key {key!r} must be there, got the keys {sorted(record)}")
-        text = record[key]
-        if not isinstance(text, str):
-            raise UserError(f"{where}: {key!r} must be a string, got {type(text).__name__}")
-        if not text.strip():
-            raise UserError(f"{where}: {key!r} must not be empty, got {text!r}")
-        texts[key] = text
-    return Pair(texts["problem_id"], texts["prompt"], texts["chosen"], texts["rejected"], number)
+def check_prompt(example: Example, solution: Solution, max_length: int) -> None:
+    """Refuse a prompt that leaves no room for an answer.
+
+    Raises:
+        UserError: it is as long as `max_length`.
+    """
+    if len(solution.prompt_ids) >= max_length:
+        raise UserError(
+            f"{example.where}: the prompt must be shorter than data.max_length = {max_length} tokens, "
+            f"got {len(solution.prompt_ids)}"
+        )
 
 
-def tokenize_pairs(pairs: Sequence[Pair], tokenizer: Any, config: DataConfig) -> list[TokenPair]:
-    """Tokenise prompts and solutions apart, end each solution with the tokenizer's end token, drop what is too long."""
-    end = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-
-    def ids(texts: Iterable[str], special: bool) -> list[tuple[int, ...]]:
-        return [tuple(row) for row in tokenizer(list(texts), add_special_tokens=special)["input_ids"]]
-
-    prompts = ids((pair.prompt for pair in pairs), special=True)
-    chosen = ids((pair.chosen for pair in pairs), special=False)
-    rejected = ids((pair.rejected for pair in pairs), special=False)
-    tokenized = []
-    for pair, prompt, right, wrong in zip(pairs, prompts, chosen, rejected, strict=True):
-        if len(prompt) >= config.max_length:
-            raise UserError(
-                f"{config.path}:{pair.line}: the prompt must be shorter than data.max_length = {config.max_length} "
-                f"tokens, got {len(prompt)}"
-            )
-        if len(prompt) + max(len(right), len(wrong)) + len(end) <= config.max_length:
-            sides = Solution(prompt, right + end), Solution(prompt, wrong + end)
-            tokenized.append(TokenPair(pair.problem, *sides))
-    return tokenized
+def fit_prompt(pair: TokenPair, max_length: int) -> TokenPair:
+    """The pair itself where it fits, else with as much of the end of both prompts as the longer answer leaves room."""
+    if pair.length <= max_length:
+        return pair
+    room = max_length - max(len(pair.right.output_ids), len(pair.wrong.output_ids))
+    sides = (side._replace(prompt_ids=side.prompt_ids[-room:]) for side in (pair.right, pair.wrong))
+    return TokenPair(pair.problem, *sides)
 
 
-def group_by_problem(pairs: Iterable[TokenPair]) -> dict[str, list[TokenPair]]:
-    """Group pairs that share a problem id or a prompt, directly or through others, under one id.
+def tokenize(examples: Sequence[Example], renderer: Renderer) -> list[list[Solution]]:
+    """The solution of each answer of each example; every distinct piece of text is tokenised once."""
+    laid_out = [[renderer.pieces(example, answer) for answer in example.answers] for example in examples]
+    everything = itertools.chain.from_iterable(itertools.chain.from_iterable(laid_out))
+    texts = dict.fromkeys(piece for piece in everything if isinstance(piece.content, str))
+    ids: dict[Piece, tuple[int, ...]] = {}
+    for special in (True, False):
+        pieces = [piece for piece in texts if piece.special == special]
+        if pieces:
+            rows = renderer.tokenizer([piece.content for piece in pieces], add_special_tokens=special)["input_ids"]
+            ids |= {piece: tuple(row) for piece, row in zip(pieces, rows, strict=True)}
 
-    The same task text under two ids is one problem: on both sides of a split it would leak.
+    def solution(pieces: Sequence[Piece]) -> Solution:
+        prompt, *output = (ids[piece] if isinstance(piece.content, str) else piece.content for piece in pieces)
+        mask = tuple(piece.counted for piece, part in zip(pieces[1:], output, strict=True) for _ in part)
+        return Solution(prompt, tuple(itertools.chain(*output)), None if all(mask) else mask)
+
+    return [[solution(pieces) for pieces in answers] for answers in laid_out]
+
+
+def group_by_problem(examples: Sequence[Example], solutions: Sequence[Sequence[Solution]]) -> dict[str, Problem]:
+    """Bring together examples that share a problem id, a task or a prompt, directly or through others.
+
+    The same task text under two ids is one problem: on both sides of a split it would leak. Of the ids of one
+    problem the first in alphabetical order names it, whatever the order of lines.
     """
     leader: dict[object, object] = {}
 
@@ -162,23 +225,102 @@ def group_by_problem(pairs: Iterable[TokenPair]) -> dict[str, list[TokenPair]]:
             node = leader[node]
         return node
 
-    for pair in pairs:
-        leader[find(pair.right.prompt_ids)] = find(pair.problem)
-    groups: dict[str, list[TokenPair]] = {}
+    for example, answers in zip(examples, solutions, strict=True):
+        for node in (("task", example.task), *(answer.prompt_ids for answer in answers)):
+            leader[find(node)] = find(example.problem)
     names: dict[object, str] = {}
-    for pair in pairs:
-        name = names.setdefault(find(pair.problem), pair.problem)
-        groups.setdefault(name, []).append(pair._replace(problem=name))
-    return groups
+    for example in examples:
+        root = find(example.problem)
+        names[root] = min(names.get(root, example.problem), example.problem)
+    problems: dict[str, Problem] = {}
+    for example, answers in zip(examples, solutions, strict=True):
+        name = names[find(example.problem)]
+        problem = problems.setdefault(name, Problem())
+        if example.paired:
+            problem.pairs.append(TokenPair(name, *answers))
+        else:
+            for answer, solution in zip(example.answers, answers, strict=True):
+                (problem.right if answer.reward else problem.wrong).append(solution)
+    return problems
 
 
-def _sample(groups: Mapping[str, list[TokenPair]], problems: Sequence[str], config: DataConfig) -> list[TokenPair]:
-    """At most `pairs_per_problem` pairs of each problem, the same ones wherever it lands."""
+def sample_pairs(name: str, problem: Problem, config: DataConfig, dropped: Counter[str]) -> tuple[list[TokenPair], int]:
+    """At most `pairs_per_problem` pairs of a problem, the same ones wherever it lands.
 
-    def key(pair: TokenPair) -> bytes:
-        return _stable_hash(config.split_seed, pair)
+    Given pairs come first. Free solutions are paired so that each is used as often as any other; where
+    `length_bin` is set, both sides of a pair have their number of output tokens in the same bin of that width.
 
-    return [pair for problem in problems for pair in sorted(groups[problem], key=key)[: config.pairs_per_problem]]
+    Args:
+        name: the problem.
+        problem: what there is of it.
+        config: the configuration.
+        dropped: counts what is left out.
+
+    Returns:
+        The pairs, and the number of those that could have been taken.
+    """
+
+    def length_bin(solution: Solution) -> int:
+        return 0 if config.length_bin is None else solution.outputs // config.length_bin
+
+    def fits(*sides: Solution) -> bool:
+        if config.overlong == "drop":
+            return all(side.length <= config.max_length for side in sides)
+        return all(len(side.output_ids) < config.max_length for side in sides)
+
+    def drop(reason: str, number: int = 1) -> None:
+        if number:
+            dropped[reason] += number
+
+    given = []
+    for pair in dict.fromkeys(problem.pairs):
+        if pair.right == pair.wrong:
+            drop("pairs whose two sides are the same")
+        elif not fits(pair.right, pair.wrong):
+            drop("pairs with a solution that does not fit into data.max_length")
+        elif length_bin(pair.right) != length_bin(pair.wrong):
+            drop("pairs whose two sides are in different bins of data.length_bin")
+        else:
+            given.append(pair)
+    drop("repeated pairs", len(problem.pairs) - len(set(problem.pairs)))
+
+    both = set(problem.right) & set(problem.wrong)
+    free: list[dict[int, list[Solution]]] = []
+    for side in (problem.right, problem.wrong):
+        bins: dict[int, list[Solution]] = {}
+        for solution in sorted(set(side) - both, key=lambda solution: _stable_hash(config.split_seed, solution)):
+            if fits(solution):
+                bins.setdefault(length_bin(solution), []).append(solution)
+            else:
+                drop("solutions that do not fit into data.max_length")
+        drop("repeated solutions", len(side) - len(set(side)))
+        free.append(bins)
+    drop("solutions that are labelled both right and wrong", len(both))
+    shared = sorted(free[0].keys() & free[1].keys(), key=lambda key: _stable_hash(config.split_seed, key))
+    if config.length_bin is not None:
+        alone = sum(len(bins[key]) for bins in free for key in bins if key not in shared)
+        drop("solutions without a partner of the other label in their bin of data.length_bin", alone)
+
+    made = (TokenPair(name, *sides) for sides in _alternate([_evenly(free[0][key], free[1][key]) for key in shared]))
+    given.sort(key=lambda pair: _stable_hash(config.split_seed, tuple(pair)))
+    pairs = list(itertools.islice(itertools.chain(given, made), config.pairs_per_problem))
+    return pairs, len(given) + sum(len(free[0][key]) * len(free[1][key]) for key in shared)
+
+
+def _evenly(right: Sequence[Solution], wrong: Sequence[Solution]) -> Iterator[tuple[Solution, Solution]]:
+    """All combinations; after any number of them no solution of a side was used two times more than another."""
+    longer, shorter = (right, wrong) if len(right) >= len(wrong) else (wrong, right)
+    for shift in range(len(shorter)):
+        for i, one in enumerate(longer):
+            other = shorter[(i + shift) % len(shorter)]
+            yield (one, other) if longer is right else (other, one)
+
+
+def _alternate(parts: Sequence[Iterator[Any]]) -> Iterator[Any]:
+    """One of each in turn until all are empty."""
+    missing = object()
+    for row in itertools.zip_longest(*parts, fillvalue=missing):
+        yield from (item for item in row if item is not missing)
 
 
 def _stable_hash(seed: int, item: object) -> bytes:
@@ -218,33 +360,51 @@ class Batch:
 class Collator:
     """Turns pairs into a batch, of token ids or, where features are given, of those.
 
-    Features hold the output tokens only: positions of the prompt carry no loss, and a masked return skips them.
+    Features hold what follows the prompt only: positions of the prompt carry no loss, and a masked return skips them.
 
     Args:
         pad_id: token id at padding; it is masked everywhere.
-        features: [T, H] for the output tokens of each solution.
+        features: [T, H] for all that follows the prompt of each solution.
+        multiple: T of a batch is a multiple of this.
     """
 
-    def __init__(self, pad_id: int, features: Mapping[Solution, Tensor] | None = None):
+    def __init__(self, pad_id: int, features: Mapping[Solution, Tensor] | None = None, multiple: int = 1):
         self.pad_id = pad_id
         self.features = features
+        self.multiple = multiple
 
     def __call__(self, pairs: Sequence[TokenPair]) -> Batch:
         """Pad the pairs on the right into one batch."""
-        solutions = [pair.right for pair in pairs] + [pair.wrong for pair in pairs]
+        rewards = torch.tensor([1.0, 0.0]).repeat_interleave(len(pairs))
+        return self.collate([pair.right for pair in pairs] + [pair.wrong for pair in pairs], rewards)
+
+    def collate(self, solutions: Sequence[Solution], terminal_rewards: Tensor) -> Batch:
+        """Pad any solutions on the right into one batch.
+
+        Args:
+            solutions: B solutions.
+            terminal_rewards: [B].
+        """
         if self.features is not None:
             rows = [self.features[solution] for solution in solutions]
         else:
             rows = [torch.tensor(solution.prompt_ids + solution.output_ids) for solution in solutions]
-        lengths = torch.tensor([len(row) for row in rows])
+        longest = max(map(len, rows))
+        rows.append(rows[0].new_zeros(longest + -longest % self.multiple, *rows[0].shape[1:]))  # sets T, then goes
+        inputs = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad_id)[:-1]
+        lengths = torch.tensor([len(row) for row in rows[:-1]])
         starts = lengths - torch.tensor([len(solution.output_ids) for solution in solutions])
-        position = torch.arange(int(lengths.max()))
+        position = torch.arange(inputs.shape[1])
         attention_mask = position < lengths[:, None]
+        loss_mask = attention_mask & (position >= starts[:, None])
+        for row, solution in enumerate(solutions):
+            if solution.output_mask is not None:
+                loss_mask[row, starts[row] : lengths[row]] = torch.tensor(solution.output_mask)
         return Batch(
-            inputs=torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad_id),
+            inputs=inputs,
             attention_mask=attention_mask,
-            loss_mask=attention_mask & (position >= starts[:, None]),
-            terminal_rewards=torch.tensor([1.0, 0.0]).repeat_interleave(len(pairs)),
+            loss_mask=loss_mask,
+            terminal_rewards=terminal_rewards,
             tokens=int(lengths.sum()),
         )
 

@@ -62,7 +62,7 @@ def length_baseline(train: Sequence[TokenPair], validation: Sequence[TokenPair])
     """
 
     def accuracy(pairs: Sequence[TokenPair], sign: int) -> float:
-        gains = [sign * (len(pair.right.output_ids) - len(pair.wrong.output_ids)) for pair in pairs]
+        gains = [sign * (pair.right.outputs - pair.wrong.outputs) for pair in pairs]
         return sum(gain > 0 for gain in gains) / len(gains)
 
     sign = 1 if accuracy(train, 1) > accuracy(train, -1) else -1
@@ -91,6 +91,9 @@ def likelihood_baseline(
         for row, solution in enumerate(group.solutions):
             targets = torch.tensor(solution.output_ids, device=first.device)
             logits = torch.cat([first, output.logits[row, : len(targets) - 1]])
-            scores[solution] = -nn.functional.cross_entropy(logits.float(), targets).item()
+            log_probabilities = -nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+            if solution.output_mask is not None:
+                log_probabilities = log_probabilities[torch.tensor(solution.output_mask, device=first.device)]
+            scores[solution] = log_probabilities.mean().item()
         advance(group.tokens)
     return sum(scores[pair.right] > scores[pair.wrong] for pair in validation) / len(validation)

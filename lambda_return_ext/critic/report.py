@@ -110,6 +110,35 @@ ROWS = {
 }
 
 
+DATA_ROWS = {
+    "problems": ("problems", ","),
+    "pairs": ("pairs", ","),
+    "pairs that could be made": ("possible_pairs", ","),
+    "tokens": ("tokens", ","),
+    "output tokens": ("output_tokens", ","),
+    "mean output tokens, right": ("mean_length_right", ".1f"),
+    "mean output tokens, wrong": ("mean_length_wrong", ".1f"),
+    "pairs with the longer side right": ("right_longer", ".1%"),
+    "pairs with the shorter side right": ("right_shorter", ".1%"),
+}
+
+
+def print_data(display: Display, summary: Mapping[str, Any]) -> None:
+    """Print what a run trains on and is measured on, and what of its data it leaves out."""
+    table = Table(title=summary["path"], title_justify="left")
+    table.add_column("")
+    parts = ("train", "validation")
+    for part in parts:
+        table.add_column(part, justify="right")
+    for title, (key, style) in DATA_ROWS.items():
+        table.add_row(title, *(f"{summary[part][key]:{style}}" for part in parts))
+    display.console.print(table)
+    if summary["truncated_prompts"]:
+        display.line(f"cut the beginning of the prompt: {summary['truncated_prompts']:,} pairs")
+    for reason, number in summary["dropped"].items():
+        display.line(f"dropped: {number:,} {reason}")
+
+
 def print_results(display: Display, results: Mapping[str, Any]) -> None:
     """Print the final table: each checkpoint on validation and on training pairs, then the baselines."""
     display.line(results["title"])

@@ -18,12 +18,12 @@ from torch import Tensor
 from lambda_return_ext import create_eos_only_mask
 from lambda_return_ext.critic import checkpoint
 from lambda_return_ext.critic.config import Config, TrainingConfig, load_config
-from lambda_return_ext.critic.data import Collator, PairData, TokenPair, epoch_batches, read_pairs, select_pairs
+from lambda_return_ext.critic.data import Collator, PairData, TokenPair, epoch_batches, read_examples, select_pairs
 from lambda_return_ext.critic.errors import UserError
 from lambda_return_ext.critic.losses import value_loss
 from lambda_return_ext.critic.metrics import evaluate_pairs, length_baseline, likelihood_baseline
 from lambda_return_ext.critic.model import Backbone, ValueModel, compute_features, group_by_prompt
-from lambda_return_ext.critic.report import Display, MetricLog, plot_curves, print_results, read_metrics
+from lambda_return_ext.critic.report import Display, MetricLog, plot_curves, print_data, print_results, read_metrics
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,7 @@ class Task:
 
     def summary(self) -> dict[str, Any]:
         """The data of this run, as saved with it; another summary means other data."""
-        counts = {
-            f"{part}_{unit}": number
-            for part, pairs in (("train", self.data.train), ("validation", self.data.validation))
-            for unit, number in (("problems", len({pair.problem for pair in pairs})), ("pairs", len(pairs)))
-        }
-        return {"path": self.config.data.path, "sha256": self.sha256, **counts, "dropped_pairs": self.data.dropped}
+        return {"path": self.config.data.path, "sha256": self.sha256, **self.data.report()}
 
 
 def prepare(config: Config) -> Task:
@@ -70,9 +65,9 @@ def prepare(config: Config) -> Task:
         torch.set_num_threads(config.threads)
     device = _device(config.device)
     backbone = Backbone(config.model.backbone)
-    pairs, sha256 = read_pairs(config.data.path)
+    examples, sha256 = read_examples(config.data)
     tokenizer = backbone.tokenizer()
-    data = select_pairs(pairs, tokenizer, config.data)
+    data = select_pairs(examples, tokenizer, config.data)
     steps = total_steps(config.training, len(data.train))
     warmup_steps = config.training.value_loss.warmup_steps
     if warmup_steps >= steps:
@@ -102,11 +97,12 @@ def total_steps(config: TrainingConfig, pairs: int) -> int:
 
 def build_collator(task: Task, pairs: list[TokenPair], display: Display) -> Collator:
     """The collator of a run; where features are cached, computes those of `pairs` once."""
+    multiple = task.config.data.pad_to_multiple_of
     if not task.config.model.cache_features:
-        return Collator(task.pad_id)
+        return Collator(task.pad_id, multiple=multiple)
     groups = group_by_prompt(pairs)
     with display.phase("features", "tokens", sum(group.tokens for group in groups)) as advance:
-        return Collator(task.pad_id, compute_features(task.model.backbone, groups, advance))
+        return Collator(task.pad_id, compute_features(task.model.backbone, groups, advance), multiple)
 
 
 def train(config: Config, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
@@ -125,7 +121,7 @@ def train(config: Config, resume: bool = False, overwrite: bool = False) -> dict
     task, display, training = prepare(config), Display(), config.training
     run_dir = checkpoint.open_run_dir(config, task.summary(), overwrite)
     model, data, device = task.model, task.data, task.device
-    display.line("; ".join(f"{name} {value}" for name, value in task.summary().items() if name != "sha256"))
+    print_data(display, task.summary())
     collate = build_collator(task, data.train + data.validation, display)
 
     optimizer = torch.optim.AdamW(parameter_groups(model, training.weight_decay), lr=training.learning_rate)
@@ -290,7 +286,7 @@ def finish(task: Task, run_dir: Path, checkpoints: dict[str, Any], display: Disp
             likelihood = likelihood_baseline(language_model, task.data.validation, groups, advance)
         baselines = {name: accuracy, "likelihood": likelihood}
     title = (
-        f"{run_dir}: {summary['validation_pairs']} pairs of {summary['validation_problems']} problems "
+        f"{run_dir}: {summary['validation']['pairs']} pairs of {summary['validation']['problems']} problems "
         f"never trained on, seed {task.config.seed}"
     )
     results = {"title": title, "checkpoints": checkpoints, "baselines": baselines, "data": summary}

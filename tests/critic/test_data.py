@@ -15,10 +15,12 @@ from lambda_return_ext.critic.data import (
     TokenPair,
     epoch_batches,
     group_by_problem,
-    read_pairs,
+    read_examples,
     select_pairs,
+    tokenize,
 )
 from lambda_return_ext.critic.errors import UserError
+from lambda_return_ext.critic.examples import Renderer
 from lambda_return_ext.critic.model import Backbone
 
 
@@ -29,7 +31,11 @@ def tokenizer(tiny_backbone):
 
 def select(path, tokenizer, **settings):
     config = DataConfig(path=str(path), **{"max_length": 64, "validation_problems": 6, **settings})
-    return select_pairs(read_pairs(path)[0], tokenizer, config)
+    return select_pairs(read_examples(config)[0], tokenizer, config)
+
+
+def read(path):
+    return read_examples(DataConfig(path=str(path)))[0]
 
 
 def problems(pairs):
@@ -49,28 +55,28 @@ GOOD = {"problem_id": "p", "prompt": "w1", "chosen": "fine", "rejected": "broken
         ({**GOOD, "chosen": "  \n"}, "'chosen' must not be empty"),
         ({**GOOD, "rejected": ""}, "'rejected' must not be empty"),
         ({**GOOD, "prompt": ""}, "'prompt' must not be empty"),
-        ({**GOOD, "problem_id": 3}, "'problem_id' must be a string, got int"),
+        ({**GOOD, "problem_id": 3.5}, "'problem_id' must be a string or an integer, got float"),
         ({"problem_id": "p", "prompt": "w1", "chosen": "fine"}, "the key 'rejected' must be there"),
     ],
 )
 def test_a_bad_line_is_named_by_file_and_line(write_pairs, second, message):
     path = write_pairs([GOOD, second])
     with pytest.raises(UserError, match=rf"pairs\.jsonl:2: .*{message}"):
-        read_pairs(path)
+        read(path)
 
 
 def test_a_line_that_is_no_utf8(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_bytes(b'{"problem_id": "\xff"}\n')
     with pytest.raises(UserError, match=r"pairs\.jsonl:1: "):
-        read_pairs(path)
+        read(path)
 
 
 def test_missing_and_empty_file(tmp_path, write_pairs):
     with pytest.raises(UserError, match=r"data.path must be a readable JSONL file, got .*No such file"):
-        read_pairs(tmp_path / "none.jsonl")
+        read(tmp_path / "none.jsonl")
     with pytest.raises(UserError, match="must hold at least one pair"):
-        read_pairs(write_pairs([""]))
+        read(write_pairs([""]))
 
 
 def test_a_prompt_as_long_as_max_length_is_an_error_with_its_line(write_pairs, tokenizer):
@@ -85,10 +91,13 @@ def test_pairs_with_a_long_solution_are_dropped_and_counted(write_pairs, tokeniz
     records = make_records(problems=8)
     long = {**GOOD, "problem_id": "long", "rejected": "w1 " * 63}  # 1 + 63 + the end token = 65
     data = select(write_pairs([*records, long]), tokenizer)
-    assert data.dropped == 1
+    assert data.dropped == {
+        "pairs with a solution that does not fit into data.max_length": 1,
+        "problems without a pair": 1,
+    }
     assert "long" not in problems(data.train + data.validation)
     fits = {**long, "rejected": "w1 " * 62}
-    assert select(write_pairs([*records, fits]), tokenizer).dropped == 0
+    assert select(write_pairs([*records, fits]), tokenizer).dropped == {}
 
 
 def test_solutions_end_with_the_end_token_and_prompts_do_not(write_pairs, tokenizer):
@@ -120,12 +129,11 @@ def test_one_text_under_two_ids_is_one_problem(write_pairs, tokenizer):
         assert len(prompts[1]) == 6
 
 
-def test_problems_joined_through_a_third_are_one():
-    def pair(problem, prompt):
-        return TokenPair(problem, Solution((prompt,), (1,)), Solution((prompt,), (2,)))
-
-    groups = group_by_problem([pair("a", 1), pair("b", 2), pair("c", 3), pair("b", 1), pair("c", 2), pair("d", 4)])
-    assert sorted(len(group) for group in groups.values()) == [1, 5]
+def test_problems_joined_through_a_third_are_one(write_pairs, tokenizer):
+    texts = [("a", 1), ("b", 2), ("c", 3), ("b", 1), ("c", 2), ("d", 4)]
+    examples = read(write_pairs([{**GOOD, "problem_id": name, "prompt": f"w{number}"} for name, number in texts]))
+    groups = group_by_problem(examples, tokenize(examples, Renderer(tokenizer)))
+    assert {name: len(problem.pairs) for name, problem in groups.items()} == {"a": 5, "d": 1}
 
 
 def test_the_split_depends_on_the_seed_and_not_on_the_order_of_lines(write_pairs, tokenizer):

@@ -8,7 +8,7 @@ import torch
 from conftest import make_records
 
 from lambda_return_ext.critic.config import DataConfig, HeadConfig
-from lambda_return_ext.critic.data import Collator, Solution, TokenPair, read_pairs, select_pairs
+from lambda_return_ext.critic.data import Collator, Solution, TokenPair, read_examples, select_pairs
 from lambda_return_ext.critic.errors import UserError
 from lambda_return_ext.critic.metrics import likelihood_baseline
 from lambda_return_ext.critic.model import Backbone, ValueModel, compute_features, group_by_prompt
@@ -26,7 +26,7 @@ def pairs(tiny_backbone, tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in make_records()), encoding="utf-8")
     config = DataConfig(path=str(path), max_length=64, validation_problems=6)
-    return select_pairs(read_pairs(path)[0], Backbone(str(tiny_backbone)).tokenizer(), config).train
+    return select_pairs(read_examples(config)[0], Backbone(str(tiny_backbone)).tokenizer(), config).train
 
 
 @pytest.mark.parametrize("head", HEADS, ids=lambda head: head.type)

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import torch
 import yaml
@@ -84,6 +85,31 @@ def test_a_run_learns_and_leaves_everything_behind(train, run_dir, capsys):
     assert "baseline: likelihood" in out
     assert f"run folder: {run_dir}" in out
     assert "\x1b" not in out
+    assert "pairs that could be made" in out
+    data = json.loads((run_dir / "data.json").read_text(encoding="utf-8"))
+    assert (data["train"]["pairs"], data["validation"]["pairs"], data["dropped"]) == (54, 18, {})
+
+
+def test_a_run_on_chats_of_a_parquet_file(train, run_dir, tmp_path):
+    """Tool outputs between the answers, labelled one by one, through a chat template of one's own."""
+    (tmp_path / "chat.jinja").write_text(
+        "{% for m in messages %}{{ m.role }} {{ m.content }} <end>\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant {% endif %}"
+    )
+    chats = []
+    for record in make_records():
+        for side in ("chosen", "rejected"):
+            roles = {"user": record["prompt"], "assistant": "w1 w2", "tool": "w3 w4 w5"}
+            messages = [{"role": role, "content": content} for role, content in roles.items()]
+            messages.append({"role": "assistant", "content": record[side]})
+            chats.append({"messages": messages, "label": side == "chosen"})
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(chats), tmp_path / "chats.parquet")
+    data = [f"data.path={tmp_path / 'chats.parquet'}", f"data.chat_template={tmp_path / 'chat.jinja'}"]
+    more = ["data.pairs_per_problem=4", "data.pad_to_multiple_of=8", "training.epochs=8", "training.learning_rate=0.03"]
+    assert train(*data, *more) == 0
+    summary = json.loads((run_dir / "data.json").read_text(encoding="utf-8"))
+    assert (summary["train"]["pairs"], summary["train"]["possible_pairs"]) == (18 * 4, 18 * 9)
+    assert max(record["validation/pairwise_accuracy"] for record in checks_of(run_dir)) >= 0.9
 
 
 def test_every_step_logs_what_the_issue_of_a_run_needs(train, run_dir, capsys):
