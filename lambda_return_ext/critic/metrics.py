@@ -1,57 +1,158 @@
-"""What the critic is judged by: ranking of held-out pairs, and two baselines that need no training."""
+"""What the critic is judged by: ranking of held-out pairs, calibration, and two baselines that need no training."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lambda_return_ext import compute_pairwise_accuracy, compute_token_variance, create_eos_only_mask
+from lambda_return_ext import create_eos_only_mask
 from lambda_return_ext.critic.config import ValueLossConfig
-from lambda_return_ext.critic.data import Collator, Solution, TokenPair
+from lambda_return_ext.critic.credit import assign_credit
+from lambda_return_ext.critic.data import Batch, Collator, Solution, TokenPair
 from lambda_return_ext.critic.losses import value_loss
 from lambda_return_ext.critic.model import PromptGroup, continue_prompt
+
+RELIABILITY_BINS = 10
+LENGTH_BINS = 4
+# Numbers, and lists of them for what is a curve.
+Metrics = dict[str, Any]
 
 
 @torch.no_grad()
 def evaluate_pairs(
     model: nn.Module, loss: ValueLossConfig, pairs: Sequence[TokenPair], collate: Collator, batch_size: int
-) -> dict[str, float]:
+) -> Metrics:
     """Measure the model on pairs; every pair counts once and a tie counts as wrong.
 
     Returns:
-        `pairwise_accuracy` (by the mean value over output tokens), `mean_right`, `mean_wrong`, `margin`,
-        `token_variance_right`, `token_variance_wrong`, `last_token_accuracy` (by the value of the last token
-        alone) and `loss`, the training loss over all output tokens; each the mean over pairs.
+        What `summarise` makes of the pairs.
     """
     model.eval()
     device = next(model.parameters()).device
     by_length = sorted(pairs, key=lambda pair: pair.length)
-    totals: dict[str, float] = {}
+    records = []
     for start in range(0, len(by_length), batch_size):
-        part = by_length[start : start + batch_size]
-        batch = collate(part).to(device)
-        values = model(batch.inputs, batch.attention_mask)
-        ends = create_eos_only_mask(batch.loss_mask)
-        (right, wrong), (mask_right, mask_wrong), (end_right, end_wrong) = (
-            tensor.split(len(part)) for tensor in (values, batch.loss_mask, ends)
-        )
-        ranking = compute_pairwise_accuracy(right, wrong, mask_right, mask_wrong)
-        last = compute_pairwise_accuracy(right, wrong, end_right, end_wrong)
-        measured = {
-            "pairwise_accuracy": ranking["pairwise_accuracy"],
-            "mean_right": ranking["mean_pos"],
-            "mean_wrong": ranking["mean_neg"],
-            "margin": ranking["margin"],
-            "token_variance_right": compute_token_variance(right, mask_right),
-            "token_variance_wrong": compute_token_variance(wrong, mask_wrong),
-            "last_token_accuracy": last["pairwise_accuracy"],
-            "loss": value_loss(loss, values, batch.attention_mask, batch.loss_mask, batch.terminal_rewards)[0].item(),
-        }
-        for name, value in measured.items():
-            totals[name] = totals.get(name, 0.0) + value * len(part)
-    return {name: total / len(pairs) for name, total in totals.items()}
+        batch = collate(by_length[start : start + batch_size]).to(device)
+        records.append(measure_batch(model(batch.inputs, batch.attention_mask), batch, loss))
+    return summarise({name: torch.cat([record[name] for record in records]) for name in records[0]})
+
+
+def measure_batch(values: Tensor, batch: Batch, loss: ValueLossConfig) -> dict[str, Tensor]:
+    """All that the metrics need of each of the N pairs of a batch, as float64 [N] on the CPU.
+
+    Pairs are independent but for `loss`, so that the records of several batches or ranks are simply put together.
+
+    Args:
+        values: [2 N, T].
+        batch: the batch.
+        loss: the training loss, which is taken over all output tokens of the batch.
+    """
+    gamma, lam = loss.gamma_lam
+    credit = assign_credit(values, batch.loss_mask, batch.terminal_rewards, gamma, lam)
+    mask, v, td = credit.mask, credit.values.double(), credit.td_errors.double().abs()
+    tokens = mask.sum(1).double()
+    mean = v.sum(1) / tokens
+    centred = (v - mean[:, None]) * mask
+    # Position among the output tokens, centred: only its correlation with V is asked for.
+    position = (mask.cumsum(1) - 1 - (tokens[:, None] - 1) / 2) * mask
+    variance = centred.square().sum(1) / tokens
+    varies = variance.sqrt() > 1e-12 * mean.abs()  # below, a constant float32 value differs by rounding alone
+    spread = (centred.square().sum(1) * position.square().sum(1)).sqrt().where(varies, torch.inf)
+    errors = (batch.terminal_rewards[:, None].double() - v) * mask
+    rows = {
+        "tokens": tokens,
+        "mean": mean,
+        "last": (v * create_eos_only_mask(mask)).sum(1),
+        "token_variance": variance,
+        "td_spikiness": (td.amax(1) * tokens / td.sum(1)).nan_to_num(1.0),  # no error at all is no spike
+        "position_correlation": ((centred * position).sum(1) / spread).nan_to_num(0.0),  # one token has none
+        "error": errors.sum(1),
+        "square_error": errors.square().sum(1),
+    }
+    record = {}
+    for name, column in rows.items():
+        record[f"{name}_right"], record[f"{name}_wrong"] = column.cpu().chunk(2)
+    whole = value_loss(loss, values, batch.attention_mask, batch.loss_mask, batch.terminal_rewards)[0]
+    record["loss"] = whole.double().cpu().expand(len(record["mean_right"]))
+    return record
+
+
+def summarise(records: Mapping[str, Tensor]) -> Metrics:
+    """The metrics of all pairs together; docs/critic.md says what each means.
+
+    Args:
+        records: float64 [N] each, as `measure_batch` gives them.
+    """
+    ranked = (records["mean_right"] > records["mean_wrong"]).double()
+    means = {name: column.mean().item() for name, column in records.items()}
+    per_side = ("token_variance", "td_spikiness", "position_correlation")
+    totals = {name: column.sum().item() for name, column in records.items()}
+    tokens = totals["tokens_right"] + totals["tokens_wrong"]
+    error, square_error = (
+        (totals[f"{name}_right"] + totals[f"{name}_wrong"]) / tokens for name in ("error", "square_error")
+    )
+    reward_variance = totals["tokens_right"] * totals["tokens_wrong"] / tokens**2
+    return {
+        "pairwise_accuracy": ranked.mean().item(),
+        "mean_right": means["mean_right"],
+        "mean_wrong": means["mean_wrong"],
+        "margin": means["mean_right"] - means["mean_wrong"],
+        **{f"{name}_{side}": means[f"{name}_{side}"] for name in per_side for side in ("right", "wrong")},
+        "last_token_accuracy": (records["last_right"] > records["last_wrong"]).double().mean().item(),
+        "explained_variance": 1.0 - (square_error - error**2) / reward_variance,
+        "loss": means["loss"],
+        **calibration(records["last_right"], records["last_wrong"]),
+        **accuracy_by_length(ranked, (records["tokens_right"] + records["tokens_wrong"]) / 2),
+    }
+
+
+def calibration(right: Tensor, wrong: Tensor) -> Metrics:
+    """How far the value of the last token is a probability of being right.
+
+    Args:
+        right: [N], the last values of right solutions.
+        wrong: [M], those of wrong ones.
+
+    Returns:
+        `brier`, the mean squared distance to 1 or 0; `calibration_error`, the mean distance of prediction and outcome
+        over the bins of the reliability plot, weighted by their count; and of the bins that are not empty the mean
+        prediction, the share of right solutions and the count. Values beyond 0 and 1 count to the outer bins.
+    """
+    predicted = torch.cat([right, wrong])
+    outcome = torch.cat([torch.ones_like(right), torch.zeros_like(wrong)])
+    index = (predicted * RELIABILITY_BINS).floor().clamp(0, RELIABILITY_BINS - 1).long()
+    count, prediction, observed = (
+        torch.zeros(RELIABILITY_BINS, dtype=torch.float64).index_add_(0, index, column)
+        for column in (torch.ones_like(predicted), predicted, outcome)
+    )
+    filled = count > 0
+    count, prediction, observed = count[filled], (prediction / count)[filled], (observed / count)[filled]
+    return {
+        "brier": (predicted - outcome).square().mean().item(),
+        "calibration_error": ((prediction - observed).abs() * count).sum().item() / len(predicted),
+        "reliability_predicted": prediction.tolist(),
+        "reliability_observed": observed.tolist(),
+        "reliability_count": count.tolist(),
+    }
+
+
+def accuracy_by_length(ranked: Tensor, length: Tensor) -> Metrics:
+    """Pairwise accuracy in parts of equal size, the shortest pairs first.
+
+    Args:
+        ranked: [N], 1 where the right solution is above the wrong one.
+        length: [N], mean number of output tokens of the two.
+    """
+    order = length.argsort(stable=True)
+    parts = [part for part in order.tensor_split(LENGTH_BINS) if len(part)]
+    return {
+        "length_accuracy": [ranked[part].mean().item() for part in parts],
+        "length_shortest": [length[part].min().item() for part in parts],
+        "length_longest": [length[part].max().item() for part in parts],
+    }
 
 
 def length_baseline(train: Sequence[TokenPair], validation: Sequence[TokenPair]) -> tuple[str, float]:

@@ -1,4 +1,4 @@
-"""What people see: progress, the metrics files, the final table and the curves."""
+"""What people see: progress, the metrics files and the tables."""
 
 from __future__ import annotations
 
@@ -76,11 +76,13 @@ class MetricLog:
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
         self._tensorboard = SummaryWriter(str(run_dir / checkpoint.TENSORBOARD), purge_step=step + 1)
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Log the metrics of one step."""
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Log the metrics of one step; lists, which are curves, go to the JSON lines alone."""
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
         for name, value in metrics.items():
+            if isinstance(value, list):
+                continue
             self._tensorboard.add_scalar(name, value, step)
 
     def __enter__(self) -> MetricLog:
@@ -106,6 +108,13 @@ ROWS = {
     "margin": "margin",
     "token variance, right": "token_variance_right",
     "token variance, wrong": "token_variance_wrong",
+    "explained variance": "explained_variance",
+    "Brier score": "brier",
+    "calibration error": "calibration_error",
+    "TD-error spikiness, right": "td_spikiness_right",
+    "TD-error spikiness, wrong": "td_spikiness_wrong",
+    "correlation with position, right": "position_correlation_right",
+    "correlation with position, wrong": "position_correlation_wrong",
     "loss": "loss",
 }
 
@@ -153,6 +162,10 @@ def print_results(display: Display, results: Mapping[str, Any]) -> None:
         cells = [f"{m[f'{part}/{key}']:{style}}" for m in metrics for part in ("validation", "train_subset")]
         table.add_row(title, *cells)
     table.add_row("gap (train - validation)", *(c for m in metrics for c in (f"{m['validation/gap']:.4f}", "")))
+    table.add_section()
+    for i, title in enumerate(length_bins(metrics[0])):
+        cells = [cell for m in metrics for cell in (f"{m['validation/length_accuracy'][i]:.4f}", "")]
+        table.add_row(f"pairwise accuracy, {title}", *cells)
     if results["baselines"]:
         table.add_section()
         for title, accuracy in results["baselines"].items():
@@ -160,55 +173,7 @@ def print_results(display: Display, results: Mapping[str, Any]) -> None:
     display.console.print(table)
 
 
-def plot_curves(run_dir: Path, results: Mapping[str, Any]) -> None:
-    """Draw loss, accuracy, margin and token variance over the steps into `curves.png`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    records = read_metrics(run_dir)
-    steps = [record for record in records if "train/loss" in record]
-    checks = [record for record in records if "validation/loss" in record]
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), sharex=True, layout="constrained")
-    (loss, accuracy), (margin, variance) = axes
-
-    def draw(axis: Any, source: list[dict[str, Any]], key: str, label: str, **style: Any) -> None:
-        axis.plot([record["step"] for record in source], [record[key] for record in source], label=label, **style)
-
-    marked = {"marker": "o", "markersize": 4}
-    draw(loss, steps, "train/loss", "training batch", color="C0", alpha=0.5, linewidth=1)
-    draw(loss, checks, "validation/loss", "validation", color="C1", **marked)
-    loss.set_yscale("log")  # the last token alone, in the warm-up, has a far larger loss than all tokens
-    loss.set_title("Loss")
-
-    draw(accuracy, checks, "train_subset/pairwise_accuracy", "training pairs", color="C0", **marked)
-    draw(accuracy, checks, "validation/pairwise_accuracy", "validation", color="C1", **marked)
-    for style, (title, score) in zip(("--", ":"), results["baselines"].items(), strict=False):
-        accuracy.axhline(score, color="0.45", linestyle=style, linewidth=1.2, label=f"baseline: {title}")
-    accuracy.set_title("Pairwise accuracy")
-
-    draw(margin, checks, "train_subset/margin", "training pairs", color="C0", **marked)
-    draw(margin, checks, "validation/margin", "validation", color="C1", **marked)
-    margin.axhline(0.0, color="0.45", linewidth=0.8)
-    margin.set_title("Margin: mean value of right minus wrong")
-
-    draw(variance, checks, "validation/token_variance_right", "right solutions", color="C2", **marked)
-    draw(variance, checks, "validation/token_variance_wrong", "wrong solutions", color="C3", **marked)
-    variance.set_title("Variance of the value over tokens, validation")
-
-    warmup = max((record["step"] for record in steps if record["train/warmup_active"]), default=0)
-    best = results["checkpoints"]["best"]["step"]
-    for axis in axes.flat:
-        name = "{}" if axis is loss else "_{}"  # matplotlib leaves names with an underscore out of the legend
-        if warmup:
-            axis.axvspan(0, warmup, color="0.92", zorder=0, label=name.format("warm-up: last token only"))
-        axis.axvline(best, color="0.7", linewidth=1, zorder=0, label=name.format("best checkpoint"))
-        axis.grid(alpha=0.25)
-        axis.legend(fontsize=8, framealpha=0.9)
-    for axis in axes[1]:
-        axis.set_xlabel("step")
-    figure.suptitle(results["title"])
-    with checkpoint.atomic_path(run_dir / checkpoint.CURVES) as temporary:
-        figure.savefig(temporary, format="png", dpi=130)
-    plt.close(figure)
+def length_bins(measured: Mapping[str, Any]) -> list[str]:
+    """Titles of the parts of equal size by which accuracy on validation is told by length."""
+    ends = zip(measured["validation/length_shortest"], measured["validation/length_longest"], strict=True)
+    return [f"{low:.0f} to {high:.0f} tokens" for low, high in ends]

@@ -23,7 +23,8 @@ from lambda_return_ext.critic.errors import UserError
 from lambda_return_ext.critic.losses import value_loss
 from lambda_return_ext.critic.metrics import evaluate_pairs, length_baseline, likelihood_baseline
 from lambda_return_ext.critic.model import Backbone, ValueModel, compute_features, group_by_prompt
-from lambda_return_ext.critic.report import Display, MetricLog, plot_curves, print_data, print_results, read_metrics
+from lambda_return_ext.critic.plots import plot_curves
+from lambda_return_ext.critic.report import Display, MetricLog, print_data, print_results, read_metrics
 
 
 @dataclass(frozen=True)
@@ -250,7 +251,7 @@ def lr_factor(config: TrainingConfig, steps: int) -> Callable[[int], float]:
     return lambda step: 0.5 * (1.0 + math.cos(math.pi * step / steps))
 
 
-def measure(task: Task, collate: Collator) -> dict[str, float]:
+def measure(task: Task, collate: Collator) -> dict[str, Any]:
     """Validation, a fixed part of the training pairs, and the gap between the two: how much is memorised."""
     config = task.config
     parts = {"validation": task.data.validation, "train_subset": task.train_subset}
@@ -265,7 +266,7 @@ def measure(task: Task, collate: Collator) -> dict[str, float]:
     return {**measured, "validation/gap": gap}
 
 
-def describe(measured: dict[str, float]) -> str:
+def describe(measured: dict[str, Any]) -> str:
     """One line about a validation."""
     return (
         f"validation pairwise accuracy {measured['validation/pairwise_accuracy']:.4f}, "

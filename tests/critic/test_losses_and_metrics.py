@@ -1,5 +1,6 @@
 """The loss matrix and the numbers that validation reports, against their definitions."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -8,7 +9,14 @@ from lambda_return_ext import create_eos_only_mask
 from lambda_return_ext.critic.config import LambdaReturnConfig, ValueLossConfig
 from lambda_return_ext.critic.data import Collator, Solution, TokenPair
 from lambda_return_ext.critic.losses import value_loss
-from lambda_return_ext.critic.metrics import evaluate_pairs, length_baseline, likelihood_baseline
+from lambda_return_ext.critic.metrics import (
+    calibration,
+    evaluate_pairs,
+    length_baseline,
+    likelihood_baseline,
+    measure_batch,
+    summarise,
+)
 from lambda_return_ext.critic.model import Backbone, group_by_prompt
 from lambda_return_ext.reference import compute_lambda_return as reference_return
 
@@ -113,6 +121,93 @@ def test_validation_metrics_on_a_hand_made_case(batch_size):
     for name, value in expected.items():
         assert measured[name] == pytest.approx(value, abs=1e-6), name
     assert measured["loss"] > 0
+
+
+def numpy_metrics(pairs, scale=0.1):
+    """What the metrics mean, one token at a time, for gamma = lambda = 1."""
+    sides = {
+        side: [np.array(getattr(p, side).output_ids, dtype=np.float32) * np.float32(scale) for p in pairs]
+        for side in ("right", "wrong")
+    }
+    expected = {}
+    for side, reward in (("right", 1.0), ("wrong", 0.0)):
+        spikes, correlations = [], []
+        for v in sides[side]:
+            td = np.abs(np.append(v[1:], reward) - v)
+            spikes.append(td.max() / td.mean() if td.any() else 1.0)
+            position = np.arange(len(v))
+            correlations.append(np.corrcoef(v, position)[0, 1] if len(v) > 1 and v.std() > 0 else 0.0)
+        expected[f"td_spikiness_{side}"] = np.mean(spikes)
+        expected[f"position_correlation_{side}"] = np.mean(correlations)
+    values = np.concatenate(sides["right"] + sides["wrong"])
+    rewards = np.concatenate([np.full(len(v), r) for side, r in (("right", 1), ("wrong", 0)) for v in sides[side]])
+    expected["explained_variance"] = 1 - np.var(rewards - values) / np.var(rewards)
+    lasts = [(v[-1], reward) for side, reward in (("right", 1), ("wrong", 0)) for v in sides[side]]
+    expected["brier"] = np.mean([(v - reward) ** 2 for v, reward in lasts])
+    return expected
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_credit_and_calibration_metrics_against_their_definitions(batch_size):
+    rng = np.random.default_rng(0)
+    pairs = PAIRS + [pair(*(tuple(rng.integers(0, 10, rng.integers(1, 9))) for _ in range(2))) for _ in range(30)]
+    pairs = [TokenPair(*p[:1], *(Solution(s[0], tuple(map(int, s[1]))) for s in p[1:])) for p in pairs]
+    measured = evaluate_pairs(Lookup(), ValueLossConfig(use_mc_mse=True), pairs, Collator(0), batch_size)
+    for name, value in numpy_metrics(pairs).items():
+        assert measured[name] == pytest.approx(value, abs=1e-6), name
+    assert sum(measured["reliability_count"]) == 2 * len(pairs)
+    assert len(measured["length_accuracy"]) == 4
+    assert measured["length_shortest"] == sorted(measured["length_shortest"])
+    parts = [len(part) for part in np.array_split(np.arange(len(pairs)), 4)]
+    assert np.average(measured["length_accuracy"], weights=parts) == pytest.approx(measured["pairwise_accuracy"])
+
+
+def test_metrics_skip_gaps_in_a_solution():
+    whole = pair((4, 6), (1, 3, 5))
+    gapped = TokenPair(
+        "p",
+        Solution((9, 9), (4, 9, 9, 6), (True, False, False, True)),
+        Solution((9, 9), (1, 7, 3, 8, 5), (True, False, True, False, True)),
+    )
+    config = ValueLossConfig(use_lambda_return=True)
+    skipped, expected = (evaluate_pairs(Lookup(), config, [p], Collator(0), 1) for p in (gapped, whole))
+    for name, value in expected.items():
+        assert skipped[name] == pytest.approx(value), name
+
+
+def test_the_records_of_any_split_give_the_same_metrics():
+    """Batches of one rank or of several: pairs are independent, so their records are only put together."""
+    config = ValueLossConfig(use_mc_mse=True)
+
+    def records(pairs):
+        batch = Collator(0)(pairs)
+        return measure_batch(Lookup()(batch.inputs, None).detach(), batch, config)
+
+    parts = [records(PAIRS[:1]), records(PAIRS[1:])]
+    joined = summarise({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+    whole = summarise(records(PAIRS))
+    assert {name: joined[name] for name in joined.keys() - {"loss"}} == {
+        name: whole[name] for name in whole.keys() - {"loss"}
+    }
+
+
+def test_calibration_on_a_hand_made_case():
+    measured = calibration(torch.tensor([0.95, 0.95, 1.2]).double(), torch.tensor([0.95, 0.12, -0.3]).double())
+    assert measured["reliability_count"] == [1, 1, 4]
+    assert measured["reliability_observed"] == [0, 0, 0.75]
+    assert measured["reliability_predicted"] == pytest.approx([-0.3, 0.12, 4.05 / 4])
+    assert measured["calibration_error"] == pytest.approx((0.3 + 0.12 + 4 * (4.05 / 4 - 0.75)) / 6)
+    assert measured["brier"] == pytest.approx((2 * 0.05**2 + 0.2**2 + 0.95**2 + 0.12**2 + 0.3**2) / 6)
+
+
+def test_a_constant_critic_is_no_spike_no_clock_and_explains_nothing():
+    class Constant(Lookup):
+        def forward(self, inputs, attention_mask):
+            return inputs.float() * 0 + 0.3 + 0 * self.scale
+
+    measured = evaluate_pairs(Constant(), ValueLossConfig(use_mc_mse=True), PAIRS, Collator(0), 2)
+    assert measured["position_correlation_right"] == measured["position_correlation_wrong"] == 0
+    assert measured["explained_variance"] == pytest.approx(0, abs=1e-9)
 
 
 def test_length_baseline_takes_its_direction_from_training():

@@ -61,6 +61,8 @@ def assert_alike(run_dir, other):
     for ours, theirs in zip(records_of(run_dir), records_of(other), strict=True):
         assert ours.keys() == theirs.keys()
         for name in ours.keys() - {"train/tokens_per_second"}:
+            if isinstance(ours[name], list) and "reliability" in name:  # rounding may move a value to the next bin
+                continue
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), (ours["step"], name)
 
 
@@ -131,6 +133,8 @@ def test_every_step_logs_what_the_issue_of_a_run_needs(train, run_dir, capsys):
         for part in ("validation", "train_subset"):
             for name in ("pairwise_accuracy", "last_token_accuracy", "mean_right", "mean_wrong", "margin"):
                 assert f"{part}/{name}" in record
+            for name in ("brier", "calibration_error", "explained_variance", "td_spikiness_wrong", "length_accuracy"):
+                assert f"{part}/{name}" in record
             assert record[f"{part}/token_variance_right"] >= 0
             assert record[f"{part}/token_variance_wrong"] >= 0
         gap = record["train_subset/pairwise_accuracy"] - record["validation/pairwise_accuracy"]
@@ -138,6 +142,7 @@ def test_every_step_logs_what_the_issue_of_a_run_needs(train, run_dir, capsys):
     tensorboard = EventAccumulator(str(run_dir / "tensorboard")).Reload()
     assert len(tensorboard.Scalars("value/lambda_loss")) == 18
     assert "validation/pairwise_accuracy" in tensorboard.Tags()["scalars"]
+    assert "validation/brier" in tensorboard.Tags()["scalars"]
 
 
 def test_roll_back_to_monte_carlo_is_two_keys(train, run_dir):
@@ -203,6 +208,8 @@ def test_evaluate_repeats_the_best_checkpoint_and_writes_nothing(train, run_dir,
     again = trainer.evaluate(str(run_dir))
     assert again["baselines"] == results["baselines"]
     for name, value in best.items():
+        if "reliability" in name or "calibration" in name:  # rounding may move a value to the next bin
+            continue
         assert again["checkpoints"]["best"]["metrics"][name] == pytest.approx(value, abs=1e-6), name
 
 
