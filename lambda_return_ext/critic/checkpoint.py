@@ -28,6 +28,7 @@ TENSORBOARD = "tensorboard"
 BEST = "best.safetensors"
 LAST = "last.safetensors"
 RUN_FILES = (CONFIG, DATA, METRICS, RESULTS, CURVES, TENSORBOARD, BEST, LAST)
+INSPECT = "inspect.html"  # written when asked for; a new run leaves it alone
 
 
 @contextmanager
@@ -78,6 +79,18 @@ def check_run_dir(config: Config, resume: bool, overwrite: bool) -> None:
         changed = [f"{key} was {before[key]!r} and is now {now[key]!r}" for key in now if now[key] != before[key]]
         if changed:
             raise UserError(f"--resume must have the configuration of the run in {run_dir}: {'; '.join(changed)}")
+
+
+def config_path(run_dir: Path) -> Path:
+    """The configuration of a finished or broken off run.
+
+    Raises:
+        UserError: the folder holds no run.
+    """
+    path = run_dir / CONFIG
+    if not path.is_file():
+        raise UserError(f"RUN must be the folder of a run, with a {CONFIG} in it, got {str(run_dir)!r}")
+    return path
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

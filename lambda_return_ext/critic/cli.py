@@ -50,6 +50,14 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("run_dir", metavar="RUN", help="folder of the run")
     evaluate.set_defaults(run=_evaluate)
 
+    inspect = commands.add_parser(
+        "inspect", help="write one HTML page that shows each token's value, target and advantage"
+    )
+    inspect.add_argument("run_dir", metavar="RUN", help="folder of the run")
+    inspect.add_argument("--pairs", type=int, default=50, metavar="N", help="show at most so many pairs (default 50)")
+    inspect.add_argument("--output", metavar="FILE", help="the page (default RUN/inspect.html)")
+    inspect.set_defaults(run=_inspect)
+
     make_data = commands.add_parser("make-data", help="build a data file")
     sources = make_data.add_subparsers(title="sources", required=True, metavar="SOURCE")
     source = sources.add_parser("codeio", help="right and wrong programs, labelled by running them")
@@ -72,6 +80,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from lambda_return_ext.critic.trainer import evaluate
 
     evaluate(arguments.run_dir)
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from lambda_return_ext.critic.inspection import inspect_run
+
+    inspect_run(arguments.run_dir, arguments.pairs, arguments.output)
     return 0
 
 

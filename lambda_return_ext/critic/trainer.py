@@ -207,16 +207,25 @@ def evaluate(run: str) -> dict[str, Any]:
     Raises:
         UserError: the folder holds no run, or its data has changed since.
     """
-    run_dir, display = Path(run), Display()
-    if not (run_dir / checkpoint.CONFIG).is_file():
-        raise UserError(f"RUN must be the folder of a run, with a {checkpoint.CONFIG} in it, got {run!r}")
-    task = prepare(load_config(run_dir / checkpoint.CONFIG))
+    display = Display()
+    task, state = load_run(run)
+    collate = build_collator(task, task.data.validation + task.train_subset, display)
+    measured = {"step": state["step"], "metrics": measure(task, collate)}
+    return finish(task, Path(run), {"best": measured}, display)
+
+
+def load_run(run: str) -> tuple[Task, dict[str, Any]]:
+    """A run with its data and the model of its best checkpoint, and that checkpoint's step and metrics.
+
+    Raises:
+        UserError: the folder holds no run, or its data has changed since.
+    """
+    run_dir = Path(run)
+    task = prepare(load_config(checkpoint.config_path(run_dir)))
     checkpoint.check_same_data(run_dir, task.summary())
     tensors, state = checkpoint.load_tensors(run_dir / checkpoint.BEST)
     checkpoint.load_model(task.model, tensors)
-    collate = build_collator(task, task.data.validation + task.train_subset, display)
-    measured = {"step": state["step"], "metrics": measure(task, collate)}
-    return finish(task, run_dir, {"best": measured}, display)
+    return task, state
 
 
 def build_forward_loss(model: ValueModel, config: TrainingConfig) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:

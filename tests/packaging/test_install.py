@@ -61,6 +61,7 @@ def test_wheel_is_abi3_and_touches_torch_by_its_stable_interface_alone(wheel, en
         assert archive.testzip() is None
         library = archive.extract("lambda_return_ext/_C.abi3.so", tmp_path)
         names = archive.namelist()
+    assert {"lambda_return_ext/py.typed", "lambda_return_ext/critic/inspect.html"} <= set(names)
     assert not [name for name in names if name.endswith((".cpp", ".h")) or name.startswith("tests")]
     symbols = subprocess.check_output(["nm", "-D", "--undefined-only", library], text=True).split()
     # C++ symbols of torch are mangled with its namespaces; the stable interface is plain C.
