@@ -1,6 +1,7 @@
 # make train   from nothing to a trained critic: environment, install, data, training, validation pairwise accuracy
 # make test    every test, in the same environment
 # make lint    what CI checks of form
+# make bench   the operators against copies and other packages, into benchmarks/results; QUICK=1: half a minute
 # make cuda-check   what nvcc makes of the CUDA kernels, without a GPU: see docs/cuda.md
 VENV   ?= .venv
 PYTHON ?= python3
@@ -18,7 +19,7 @@ PIP     := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 # On busy cores the default, spinning, makes two threads several times slower than one.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: train test lint format cuda-check clean
+.PHONY: train test lint bench format cuda-check clean
 
 train: $(VENV)/.critic data/codeio.jsonl
 	$(BIN)/lambda-critic train --config $(CONFIG) run_dir=$(RUN)
@@ -31,6 +32,23 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run -Werror $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
 	$(BIN)/mypy
+
+# The peers' own environments: .venv-bench sees the packages of $(VENV) behind its own, .venv-rlax does not. A peer that
+# cannot be installed is left out of the comparison, which says so; delete the environments to try again.
+bench: $(VENV)/.dev $(if $(QUICK),,.venv-bench/.peers .venv-rlax/.peers)
+	$(if $(QUICK),$(BIN),.venv-bench/bin)/python benchmarks/cpu.py $(if $(QUICK),--quick)
+
+.venv-bench/.peers: benchmarks/requirements.txt | $(VENV)/.dev
+	$(PYTHON) -m venv --clear $(@D)
+	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+	  > $$(echo $(@D)/lib/python*/site-packages)/behind.pth
+	-grep -v '^#' $< | xargs -n 1 $(@D)/bin/python -m pip install --disable-pip-version-check --quiet --no-build-isolation
+	touch $@
+
+.venv-rlax/.peers: benchmarks/requirements-rlax.txt
+	$(PYTHON) -m venv --clear $(@D)
+	-$(@D)/bin/python -m pip install --disable-pip-version-check --quiet --requirement $<
+	touch $@
 
 cuda-check: $(VENV)/.dev
 	$(BIN)/python csrc/testing/cuda_check.py --check

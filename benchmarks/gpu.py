@@ -9,66 +9,28 @@ measured in the same run, by copying as many bytes.
 """
 
 import argparse
-import csv
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from harness import GAMMA, LAM, check, commit, write_csv
+from peers.compiled import ASSOCIATIVE_SCAN, LOG2_DOUBLING, associative_scan, log2_doubling
+from peers.loops import return_loop
 from torch import Tensor
 
 import lambda_return_ext as lr
 
 ops = torch.ops.lambda_return
-GAMMA, LAM = 1.0, 0.95
 SHAPES = [(512, 4096), (4096, 2048), (16384, 512), (16, 65536), (16, 131072), (16, 524288), (1, 8), (64, 512)]
 QUICK_SHAPES = [(512, 4096), (16, 65536)]
 # The goals, on an H100: share of the measured copy bandwidth at the large shapes; milliseconds.
 GOAL_SHARE, GOAL_16x131072_MS, GOAL_CALL_US = 0.85, 0.015, 12.0
 
 
-# ---- contestants: the same targets, or the same loss and gradient, by other means --------------------------------
-
-
-def log2_doubling(values: Tensor, rewards: Tensor, mask: Tensor) -> Tensor:
-    """The affine maps of all positions, composed in log2(T) doublings, in plain torch: what torch.compile gets."""
-    weight = torch.where(mask, GAMMA * LAM, 1.0).to(torch.float32)
-    term = torch.where(mask, GAMMA * (1 - LAM) * values.float(), 0.0)
-    # Exclusive from the right: position t applies the maps of t + 1 ... T - 1.
-    a = torch.nn.functional.pad(weight[:, 1:], (0, 1), value=1.0)
-    b = torch.nn.functional.pad(term[:, 1:], (0, 1), value=0.0)
-    shift = 1
-    while shift < values.shape[1]:
-        next_a = torch.nn.functional.pad(a[:, shift:], (0, shift), value=1.0)
-        next_b = torch.nn.functional.pad(b[:, shift:], (0, shift), value=0.0)
-        a, b = a * next_a, a * next_b + b
-        shift *= 2
-    return torch.where(mask, a * rewards[:, None] + b, 0.0).to(values.dtype)
-
-
-def associative_scan(values: Tensor, rewards: Tensor, mask: Tensor) -> Tensor:
-    """The same through torch's associative_scan."""
-    from torch._higher_order_ops.associative_scan import associative_scan as scan
-
-    weight = torch.where(mask, GAMMA * LAM, 1.0).to(torch.float32)
-    term = torch.where(mask, GAMMA * (1 - LAM) * values.float(), 0.0)
-    a = torch.nn.functional.pad(weight[:, 1:], (0, 1), value=1.0).flip(1)
-    b = torch.nn.functional.pad(term[:, 1:], (0, 1), value=0.0).flip(1)
-    a, b = scan(lambda x, y: (x[0] * y[0], y[0] * x[1] + y[1]), (a, b), dim=1, combine_mode="pointwise")
-    return torch.where(mask, a.flip(1) * rewards[:, None] + b.flip(1), 0.0).to(values.dtype)
-
-
-def torch_loop(values: Tensor, rewards: Tensor, mask: Tensor) -> Tensor:
-    """One torch operation after another for each column: what frameworks do today."""
-    returns, carry = torch.zeros_like(values), rewards.float()
-    for t in reversed(range(values.shape[1])):
-        valid = mask[:, t]
-        returns[:, t] = torch.where(valid, carry, 0.0).to(values.dtype)
-        carry = torch.where(valid, GAMMA * (1 - LAM) * values[:, t].float() + GAMMA * LAM * carry, carry)
-    return returns
+# ---- our contestants; the others are those of the CPU -------------------------------------------------------------
 
 
 def ours(values: Tensor, rewards: Tensor, mask: Tensor) -> Tensor:
@@ -141,23 +103,10 @@ def copy_ms(bytes_moved: int, copies: int, repeats: int) -> float:
     return device_ms(lambda target, source: target.copy_(source), pairs, repeats)[0]
 
 
-def check(call: Callable, batch: tuple[Tensor, Tensor, Tensor]) -> float:
-    """Largest error of a contestant's targets against the CPU operator in float64."""
+def exact(call: Callable, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """What a contestant must give: the CPU operators in float64."""
     values, rewards, mask = (x.cpu() for x in batch)
-    exact = ops.lambda_return(values.double(), rewards.double(), mask, GAMMA, LAM)
-    error = (call(*batch).cpu().double() - exact).abs().max().item()
-    limit = 1e-4 if values.dtype == torch.float32 else 2e-2
-    if not error <= limit:
-        raise SystemExit(f"{call.__name__} is wrong by {error} for {list(values.shape)} {values.dtype}")
-    return error
-
-
-def check_loss(batch: tuple[Tensor, Tensor, Tensor]) -> None:
-    """The gradient of the fused loss against the CPU operators in float64."""
-    exact = ours_loss(*(x.cpu().double() if x.is_floating_point() else x.cpu() for x in batch))
-    error = (ours_loss(*batch).cpu().double() - exact).abs().max().item() / exact.abs().max().item()
-    if not error <= (1e-4 if batch[0].dtype == torch.float32 else 2e-2):
-        raise SystemExit(f"the loss gradient is wrong by {error} (relative)")
+    return (ours_loss if call is ours_loss else ours)(values.double(), rewards.double(), mask)
 
 
 def measure(B: int, T: int, dtype: torch.dtype, arguments: argparse.Namespace) -> list[dict]:
@@ -170,17 +119,17 @@ def measure(B: int, T: int, dtype: torch.dtype, arguments: argparse.Namespace) -
     contestants: list[tuple[str, Callable, int]] = [
         ("lambda_return", ours, 2 * size + 1),
         ("lambda_value_loss fwd+bwd", ours_loss, 3 * size + 2),
-        ("torch.compile log2-doubling", torch.compile(log2_doubling, dynamic=False), 2 * size + 1),
-        ("torch.compile associative_scan", torch.compile(associative_scan, dynamic=False), 2 * size + 1),
+        (LOG2_DOUBLING, torch.compile(log2_doubling, dynamic=False), 2 * size + 1),
+        (ASSOCIATIVE_SCAN, torch.compile(associative_scan, dynamic=False), 2 * size + 1),
     ]
     if T <= 4096:
-        contestants.append(("loop over T in torch", torch_loop, 2 * size + 1))
+        contestants.append(("return loop over T", return_loop, 2 * size + 1))
     rows = []
     for name, call, bytes_a_token in contestants:
         try:
-            check_loss(inputs[0]) if call is ours_loss else check(call, inputs[0])
+            check(name, call(*inputs[0]).cpu(), exact(call, inputs[0]))
             few = inputs if call in (ours, ours_loss) else inputs[: max(2, copies // 8)]
-            shortest, median = device_ms(call, few, repeats if call is not torch_loop else 3)
+            shortest, median = device_ms(call, few, repeats if call is not return_loop else 3)
         except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
             print(f"  {name}: not run, {type(error).__name__}: {str(error).splitlines()[0][:80]}")
             continue
@@ -209,8 +158,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available() or not lr._cuda.available:
         sys.exit("benchmarks/gpu.py needs a CUDA device and the CUDA kernels: nothing was measured")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    machine = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": commit or lr.__version__}
+    machine = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": commit()}
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -218,12 +166,7 @@ def main() -> None:
             print(f"{B} x {T} {dtype}")
             rows += [{**row, **machine} for row in measure(B, T, dtype, arguments)]
             torch.cuda.empty_cache()
-    temporary = arguments.output.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.rename(arguments.output)
+    write_csv(arguments.output, rows)
     own = [row for row in rows if row["contestant"] == "lambda_return"]
     large = min(row["share_of_copy"] for row in own if row["B"] * row["T"] >= 2**20)
     print(f"\nH100 goals: share of copy at the large shapes >= {GOAL_SHARE:.0%}: {large:.0%}")

@@ -12,7 +12,7 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 # Must come from pip's isolated build environment. (setuptools must too, but torch itself depends on it.)
 BUILD_TOOLS = ("ninja",)
-_NOT_SOURCES = (".git", ".venv", "build", "dist", "data", "runs", "*.egg-info", "*.so", "__pycache__", ".*_cache")
+_NOT_SOURCES = (".git", ".venv*", "build", "dist", "data", "runs", "*.egg-info", "*.so", "__pycache__", ".*_cache")
 
 
 def copy_sources(target: Path) -> Path:
