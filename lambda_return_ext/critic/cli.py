@@ -58,6 +58,15 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--output", metavar="FILE", help="the page (default RUN/inspect.html)")
     inspect.set_defaults(run=_inspect)
 
+    score = commands.add_parser("score", help="write the value and advantage of every token of a file")
+    score.add_argument("data", metavar="FILE", help="what to score: a data file, folder or dataset")
+    score.add_argument("--run", required=True, dest="run_dir", metavar="RUN", help="folder of the critic's run")
+    score.add_argument("--output", required=True, metavar="FILE", help="file to write, .jsonl or .parquet")
+    score.add_argument("--subset", metavar="NAME", help="configuration of a dataset that has several")
+    score.add_argument("--split", default="train", metavar="NAME", help="split of a dataset (default train)")
+    score.add_argument("--overwrite", action="store_true", help="replace the output where it is there")
+    score.set_defaults(run=_score)
+
     make_data = commands.add_parser("make-data", help="build a data file")
     sources = make_data.add_subparsers(title="sources", required=True, metavar="SOURCE")
     source = sources.add_parser("codeio", help="right and wrong programs, labelled by running them")
@@ -87,6 +96,14 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from lambda_return_ext.critic.inspection import inspect_run
 
     inspect_run(arguments.run_dir, arguments.pairs, arguments.output)
+    return 0
+
+
+def _score(arguments: argparse.Namespace) -> int:
+    from lambda_return_ext.critic.scoring import score_file
+
+    a = arguments
+    score_file(a.run_dir, a.data, a.output, a.subset, a.split, a.overwrite)
     return 0
 
 

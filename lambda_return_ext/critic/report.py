@@ -33,8 +33,8 @@ class Display:
         self.console.print(text, markup=False, soft_wrap=True)
 
     @contextmanager
-    def phase(self, title: str, unit: str, total: int, done: int = 0) -> Iterator[Advance]:
-        """Show the progress of `total` units; yields `advance(units, status="")`."""
+    def phase(self, title: str, unit: str, total: int | None, done: int = 0) -> Iterator[Advance]:
+        """Show the progress of `total` units, None where nobody knows; yields `advance(units, status="")`."""
         if self.console.is_terminal:
             columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit)
             more = TimeRemainingColumn(), TextColumn("{task.fields[status]}")
@@ -50,11 +50,12 @@ class Display:
             nonlocal done, said
             done += units
             now = time.monotonic()
-            if done >= total or now - said >= SECONDS_BETWEEN_LINES:
+            if done == total or now - said >= SECONDS_BETWEEN_LINES:
                 said = now
                 seconds = max(now - started, 1e-9)
                 rate = (done - before) / seconds
-                self.line(f"{title}: {done}/{total} {unit}, {seconds:.0f} s, {rate:.0f} {unit}/s {status}".rstrip())
+                of_total = "" if total is None else f"/{total}"
+                self.line(f"{title}: {done}{of_total} {unit}, {seconds:.0f} s, {rate:.0f} {unit}/s {status}".rstrip())
 
         yield advance
 

@@ -64,7 +64,7 @@ def prepare(config: Config) -> Task:
         )
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    device = _device(config.device)
+    device = choose_device(config.device)
     backbone = Backbone(config.model.backbone)
     examples, sha256 = read_examples(config.data)
     tokenizer = backbone.tokenizer()
@@ -84,7 +84,8 @@ def prepare(config: Config) -> Task:
     return Task(config, device, backbone, data, sha256, pad_id, model, steps)
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """The device that `device` of the configuration names."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device must be auto or cpu on a machine without a CUDA device, got cuda")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

@@ -1,0 +1,138 @@
+"""`lambda-critic score`: what it writes, and that it holds no more than a few rows."""
+
+import json
+
+import pyarrow.parquet
+import pytest
+import torch
+from conftest import make_records
+
+from lambda_return_ext import compute_lambda_return
+from lambda_return_ext.critic import scoring
+from lambda_return_ext.critic.cli import main
+from lambda_return_ext.critic.scoring import load_critic, score_file
+
+
+@pytest.fixture
+def run(config_file, tmp_path, capsys):
+    assert main(["train", "--config", str(config_file), "training.max_steps=8"]) == 0
+    capsys.readouterr()
+    return str(tmp_path / "run")
+
+
+def records_of(path):
+    if path.suffix == ".parquet":
+        return pyarrow.parquet.read_table(path).to_pylist()
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+ROWS = [
+    *make_records(problems=3, pairs=2),
+    {"problem_id": 9, "prompt": "w1", "completion": "w2 fine", "label": False},
+    {"prompt": "w1", "completion": "w2"},
+    {"prompt": "w3", "correct": ["w4 w5", "w4 " * 70], "incorrect": ["w6"]},
+]
+
+
+@pytest.mark.parametrize("name", ["scores.jsonl", "scores.parquet"])
+def test_every_answer_is_scored_in_order_as_the_model_values_it(run, write_pairs, tmp_path, capsys, name):
+    output = tmp_path / name
+    assert main(["score", str(write_pairs(ROWS, "rows.jsonl")), "--run", run, "--output", str(output)]) == 0
+    out = capsys.readouterr().out
+    assert f"wrote {output}: 16 answers" in out
+    assert "left out: 1 answers that do not fit into data.max_length = 64" in out
+    scored = records_of(output)
+    assert [(record["row"], record["answer"]) for record in scored] == [
+        *((row, answer) for row in range(1, 7) for answer in ("chosen", "rejected")),
+        (7, "completion"),
+        (8, "completion"),
+        (9, "correct[0]"),
+        (9, "incorrect[0]"),
+    ]
+    assert [record["reward"] for record in scored] == [1, 0] * 6 + [0, None, 1, 0]
+    assert scored[12]["problem_id"] == "9"
+    critic = load_critic(run)
+    for record in scored:
+        row = ROWS[record["row"] - 1]
+        key, _, index = record["answer"].rstrip("]").partition("[")
+        text = row[key][int(index)] if index else row[key]
+        prompt, answer = (
+            critic.tokenizer(part, add_special_tokens=False)["input_ids"] for part in (row["prompt"], text)
+        )
+        assert record["token_ids"] == [*answer, critic.tokenizer.eos_token_id]
+        assert record["prompt_tokens"] == len(prompt)
+        ids = torch.tensor([prompt + record["token_ids"]])
+        with torch.no_grad():
+            values = critic.model(ids, torch.ones_like(ids).bool())[:, len(prompt) :]
+        torch.testing.assert_close(torch.tensor([record["values"]]), values, rtol=1e-5, atol=1e-6)
+        assert all(record["mask"])
+        if record["reward"] is None:
+            assert record["targets"] is record["advantages"] is record["td_errors"] is None
+            continue
+        mask, reward = torch.ones_like(values).bool(), torch.tensor([record["reward"]])
+        targets, one_step = (compute_lambda_return(values, reward, mask, 1.0, lam) for lam in (0.95, 0.0))
+        for column, expected in {
+            "targets": targets,
+            "advantages": targets - values,
+            "td_errors": one_step - values,
+        }.items():
+            torch.testing.assert_close(torch.tensor([record[column]]), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_gaps_have_weight_zero(run, write_pairs, tmp_path):
+    (tmp_path / "chat.jinja").write_text(
+        "{% for m in messages %}{{ m.role }} {{ m.content }} <end>\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant {% endif %}"
+    )
+    config = tmp_path / "run" / "config.yaml"
+    template = f"chat_template: {tmp_path / 'chat.jinja'}"
+    config.write_text(config.read_text().replace("chat_template: null", template))
+    roles = [("user", "w1"), ("assistant", "w2 w3"), ("tool", "w4 w5"), ("assistant", "w6")]
+    row = {"messages": [{"role": role, "content": content} for role, content in roles], "label": True}
+    score_file(run, str(write_pairs([row], "chat.jsonl")), str(tmp_path / "scores.jsonl"))
+    (record,) = records_of(tmp_path / "scores.jsonl")
+    # assistant: w2 w3 <end> | tool w4 w5 <end> assistant | w6 <end>
+    assert record["mask"] == [True] * 3 + [False] * 5 + [True] * 2
+    for column in ("values", "targets", "advantages", "td_errors"):
+        assert [x != 0 for x in record[column]] == record["mask"]
+
+
+def test_rows_are_read_scored_and_written_a_few_at_a_time(run, write_pairs, tmp_path, monkeypatch):
+    monkeypatch.setattr(scoring, "ROWS_AT_ONCE", 4)
+    parsed, ahead = [], []
+    parse, score = scoring.parse_example, scoring.score
+
+    def spy_parse(row, unlabelled):
+        parsed.append(row)
+        return parse(row, unlabelled)
+
+    def spy_score(critic, items):
+        ahead.append((len(parsed), len(items)))
+        return score(critic, items)
+
+    monkeypatch.setattr(scoring, "parse_example", spy_parse)
+    monkeypatch.setattr(scoring, "score", spy_score)
+    score_file(run, str(write_pairs(make_records(problems=5, pairs=2), "rows.jsonl")), str(tmp_path / "scores.parquet"))
+    assert ahead == [(4, 8), (8, 8), (10, 4)]
+    assert pyarrow.parquet.ParquetFile(tmp_path / "scores.parquet").num_row_groups == 3
+
+
+def test_what_score_refuses_leaves_nothing_behind(run, write_pairs, tmp_path, capsys):
+    good = str(write_pairs(ROWS, "rows.jsonl"))
+    bad = str(write_pairs([*ROWS, {"prompt": "w1"}], "bad.jsonl"))
+    output = tmp_path / "scores.jsonl"
+    for arguments, message in (
+        ([good, "--run", run, "--output", "scores.txt"], "--output must end in .jsonl or .parquet, got 'scores.txt'"),
+        ([good, "--run", str(tmp_path / "no"), "--output", str(output)], "RUN must be the folder of a run"),
+        (["none.jsonl", "--run", run, "--output", str(output)], "must be a readable JSONL file, got 'none.jsonl'"),
+        ([bad, "--run", run, "--output", str(output)], "bad.jsonl:10: a row must have the keys"),
+        ([good, "--run", run, "--output", str(tmp_path / "no" / "scores.jsonl")], "must be a file that can be written"),
+        ([good, "--run", run, "--output", good], "--output must not exist yet"),
+    ):
+        before = sorted(tmp_path.iterdir())
+        assert main(["score", *arguments]) == 2
+        assert message in capsys.readouterr().err
+        assert sorted(tmp_path.iterdir()) == before
+    output.write_text("old", encoding="utf-8")
+    assert main(["score", good, "--run", run, "--output", str(output), "--overwrite"]) == 0
+    assert len(records_of(output)) == 16
