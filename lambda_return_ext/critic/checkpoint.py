@@ -25,9 +25,10 @@ METRICS = "metrics.jsonl"
 RESULTS = "results.json"
 CURVES = "curves.png"
 TENSORBOARD = "tensorboard"
+TRACKING = "tracking.json"
 BEST = "best.safetensors"
 LAST = "last.safetensors"
-RUN_FILES = (CONFIG, DATA, METRICS, RESULTS, CURVES, TENSORBOARD, BEST, LAST)
+RUN_FILES = (CONFIG, DATA, METRICS, RESULTS, CURVES, TENSORBOARD, TRACKING, BEST, LAST)
 INSPECT = "inspect.html"  # written when asked for; a new run leaves it alone
 
 

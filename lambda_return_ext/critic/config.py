@@ -144,6 +144,14 @@ class EvaluationConfig(Section):
     baselines: bool = True
 
 
+class TrackingConfig(Section):
+    """Where metrics go besides `metrics.jsonl`."""
+
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = ["tensorboard"]
+    project: Text = "lambda-critic"
+    name: Text | None = None
+
+
 class Config(Section):
     """Everything a run depends on; saved with it as `config.yaml`."""
 
@@ -155,6 +163,7 @@ class Config(Section):
     model: ModelConfig
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
     def to_yaml(self) -> str:
         """The resolved configuration, every key written out."""

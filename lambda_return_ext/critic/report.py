@@ -15,6 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from lambda_return_ext.critic import checkpoint
+from lambda_return_ext.critic.config import Config
+from lambda_return_ext.critic.trackers import open_trackers
 
 SECONDS_BETWEEN_LINES = 10.0
 LINE_WIDTH = 120
@@ -61,37 +63,36 @@ class Display:
 
 
 class MetricLog:
-    """Metrics of each step, as JSON lines and for TensorBoard.
+    """Metrics of each step, as JSON lines and for the trackers of the configuration.
 
     Args:
-        run_dir: the run folder.
+        config: the run.
         step: the last step that counts; what a killed run logged after its checkpoint is removed.
     """
 
-    def __init__(self, run_dir: Path, step: int):
-        from torch.utils.tensorboard import SummaryWriter
-
+    def __init__(self, config: Config, step: int):
+        run_dir = Path(config.run_dir)
         path = run_dir / checkpoint.METRICS
         kept = [json.dumps(record) + "\n" for record in read_metrics(run_dir) if record["step"] <= step]
         checkpoint.write_text(path, "".join(kept))
+        self._trackers = open_trackers(config, step)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
-        self._tensorboard = SummaryWriter(str(run_dir / checkpoint.TENSORBOARD), purge_step=step + 1)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Log the metrics of one step; lists, which are curves, go to the JSON lines alone."""
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
-        for name, value in metrics.items():
-            if isinstance(value, list):
-                continue
-            self._tensorboard.add_scalar(name, value, step)
+        numbers = {name: value for name, value in metrics.items() if not isinstance(value, list)}
+        for tracker in self._trackers:
+            tracker.write(step, numbers)
 
     def __enter__(self) -> MetricLog:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         self._file.close()
-        self._tensorboard.close()
+        for tracker in self._trackers:
+            tracker.close(failed=kind is not None)
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ from lambda_return_ext.critic.metrics import evaluate_pairs, length_baseline, li
 from lambda_return_ext.critic.model import Backbone, ValueModel, compute_features, group_by_prompt
 from lambda_return_ext.critic.plots import plot_curves
 from lambda_return_ext.critic.report import Display, MetricLog, print_data, print_results, read_metrics
+from lambda_return_ext.critic.trackers import check_trackers
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ def train(config: Config, resume: bool = False, overwrite: bool = False) -> dict
         FloatingPointError: the loss or its gradient is not finite; the last checkpoint is from before.
     """
     checkpoint.check_run_dir(config, resume, overwrite)
+    check_trackers(config)
     task, display, training = prepare(config), Display(), config.training
     run_dir = checkpoint.open_run_dir(config, task.summary(), overwrite)
     model, data, device = task.model, task.data, task.device
@@ -142,7 +144,7 @@ def train(config: Config, resume: bool = False, overwrite: bool = False) -> dict
     epoch_order: list[list[int]] = []
 
     with (
-        MetricLog(run_dir, progress["step"]) as log,
+        MetricLog(config, progress["step"]) as log,
         display.phase("training", "steps", task.steps, done=progress["step"]) as advance,
     ):
         for step in range(progress["step"] + 1, task.steps + 1):
