@@ -67,6 +67,12 @@ def check_unit_interval(name: str, x: float) -> float:
     return x
 
 
+def _can_look_at(x: Tensor) -> bool:
+    """Whether what x holds can be checked: without waiting for a device, and where it holds anything yet."""
+    tracing = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return x.device.type == "cpu" and not tracing and type(x) is Tensor
+
+
 def check_packed_values(name: str, values: Tensor) -> Tensor:
     """Check [total] or [total, 1] and return [total]."""
     check_tensor(name, values)
@@ -88,7 +94,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, values: Tensor) -> int:
         raise ValueError(f"cu_seqlens must have shape [B + 1], got {list(cu_seqlens.shape)}")
     if cu_seqlens.device != values.device:
         raise ValueError(f"cu_seqlens must be on the device of the values, {values.device}, got {cu_seqlens.device}")
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling() and type(cu_seqlens) is Tensor:
+    if _can_look_at(cu_seqlens):
         steps = cu_seqlens.diff()
         if cu_seqlens[0] != 0:
             raise ValueError(f"cu_seqlens must begin with 0, got {cu_seqlens[0].item()}")
@@ -119,7 +125,7 @@ def check_discount(name: str, x: float | Tensor, values: Tensor, rows: int) -> T
         raise ValueError(f"{name} must be on the device of the values, {values.device}, got {x.device}")
     if x.requires_grad:
         raise ValueError(f"{name} must not require a gradient: returns are not differentiable in it; detach it")
-    if x.device.type == "cpu" and not torch.compiler.is_compiling() and type(x) is Tensor:
+    if _can_look_at(x):
         outside = ~((x >= 0) & (x <= 1))
         if outside.any():
             raise ValueError(f"{name} must be in [0, 1], got {x[outside].flatten()[0].item()}")

@@ -5,12 +5,13 @@ torch's own form of that is complete but slow: ``call`` is what eager code uses 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.library import register_autograd, register_fake
+from torch.library import register_autograd, register_fake, register_vmap
 
 _ops = torch.ops.lambda_return
 
@@ -31,39 +32,106 @@ def _register_autograd(
     register_autograd(f"lambda_return::{name}", backward, setup_context=setup_context)
     operator = getattr(_ops, name).default
 
-    def forward(ctx: Any, *inputs: Any) -> Any:
+    def forward(*inputs: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            output = operator(*inputs)
+            return operator(*inputs)
+
+    def setup(ctx: Any, inputs: tuple, output: Any) -> None:
         setup_context(ctx, inputs, output)
         if constants:
             ctx.mark_non_differentiable(*output[-constants:])
-        return output
 
-    _functions[operator] = type(
-        name, (Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    )
+    def vmap(info: Any, in_dims: tuple, *inputs: Any) -> Any:
+        return _batched(operator, info, in_dims, *inputs)
 
-
-def _call_in_backward(operator: Any, *args: Any) -> Any:
-    """Call an operator with all its outputs: differentiably where the backward itself is recorded."""
-    if torch.is_grad_enabled():
-        return operator(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator(*args)
+    methods = {"forward": forward, "setup_context": setup, "backward": backward, "vmap": vmap}
+    _functions[operator] = type(name, (Function,), {key: staticmethod(method) for key, method in methods.items()})
 
 
 def call(operator: Any, *args: Any) -> Any:
     """Call an operator, past torch's Python autograd kernel where that changes nothing.
 
-    Of a call on a few tokens that kernel is more than half. It is needed where torch looks at operators as a whole:
-    under torch.compile and torch.export, and under the transforms of torch.func.
+    Of a call on a few tokens that kernel is more than half. torch.compile and torch.export need it, as they look at
+    operators as a whole; the transforms of torch.func need the plain autograd functions.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
         return operator(*args)
+    if torch._C._are_functorch_transforms_active():
+        transform = torch._C._functorch.peek_interpreter_stack()
+        if transform.key() == torch._C._functorch.TransformType.Functionalize:
+            return operator(*args)
+        return _functions[operator].apply(*args)
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
         return _functions[operator].apply(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*args)
+
+
+# ---- torch.vmap ----------------------------------------------------------------------------------------------------
+
+# What each argument of an operator has for each of its B rows: tokens or one number ("row"), one number or one for all
+# ("discount"), or nothing (None). Such operators treat rows alike, so a batch of calls is one call with more rows.
+_ROWS: dict[Any, tuple[str | None, ...]] = {
+    _ops.lambda_return.default: ("row", "row", "row", None, None),
+    _ops.lambda_return_backward.default: ("row", "row", None, None),
+    _ops.eos_mask.default: ("row",),
+    _ops.td_lambda.default: ("row", "row", "row", "row", None, "discount", "discount", None),
+    _ops.td_lambda_backward.default: ("row", "row", None, "discount", "discount", None),
+    _ops.td_lambda_pair.default: ("row", "row", "row", "row", None, "discount", "discount", "discount"),
+    _ops.td_lambda_map.default: ("row", "row", "row", None, "discount", "discount"),
+}
+# These add up over rows, and so are called once for each element of the batch.
+_LOSSES = tuple(
+    getattr(_ops, name + suffix).default
+    for name in ("lambda_value_loss", "masked_mse", "td_lambda_loss")
+    for suffix in ("", "_backward")
+)
+
+
+def _batched(operator: Any, info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
+    """Call an operator on a batch of arguments along in_dims: torch.vmap's rule for every operator."""
+    N = info.batch_size
+    batched = [
+        x if dim is None else x.movedim(dim, 0) if isinstance(x, Tensor) else x
+        for x, dim in zip(args, in_dims, strict=True)
+    ]
+    kinds = _ROWS.get(operator)
+    packed = kinds is not None and any(
+        isinstance(x, Tensor) and kind is None for x, kind in zip(args, kinds, strict=True)
+    )
+    if kinds is None or packed:
+        results = [
+            call(operator, *(x if dim is None else x[i] for x, dim in zip(batched, in_dims, strict=True)))
+            for i in range(N)
+        ]
+        if isinstance(results[0], tuple):
+            outputs = tuple(torch.stack(x) for x in zip(*results, strict=True))
+            return outputs, (0,) * len(outputs)
+        return torch.stack(results), 0
+
+    first, first_dim = batched[0], in_dims[0]
+    B = first.shape[0 if first_dim is None else 1]
+
+    def rows(x: Any, dim: int | None, kind: str | None) -> Any:
+        if kind is None or x is None:
+            return x
+        x = x.expand(N, *x.shape) if dim is None else x
+        if kind == "discount" and x.dim() == 1:
+            x = x[:, None].expand(N, B)
+        return x.reshape(N * B, *x.shape[2:])
+
+    result = call(operator, *map(rows, batched, in_dims, kinds))
+
+    def apart(x: Tensor) -> Tensor:
+        return x.reshape(N, x.shape[0] // N, *x.shape[1:])
+
+    if isinstance(result, tuple):
+        return tuple(map(apart, result)), (0,) * len(result)
+    return apart(result), 0
+
+
+for _operator in (*_ROWS, *_LOSSES):
+    register_vmap(_operator, partial(_batched, _operator))
 
 
 # ---- fake implementations ------------------------------------------------------------------------------------------
@@ -108,9 +176,7 @@ def _lambda_return_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _lambda_return_backward(ctx: Any, grad_returns: Tensor) -> tuple[Tensor | None, ...]:
     (mask,) = ctx.saved_tensors
-    grad_values, grad_rewards = _call_in_backward(
-        _ops.lambda_return_backward.default, grad_returns, mask, ctx.gamma, ctx.lam
-    )
+    grad_values, grad_rewards = call(_ops.lambda_return_backward.default, grad_returns, mask, ctx.gamma, ctx.lam)
     return grad_values, grad_rewards.to(ctx.rewards_dtype), None, None, None
 
 
@@ -123,15 +189,12 @@ def _lambda_return_backward_backward(
     ctx: Any, grad_grad_values: Tensor, grad_grad_rewards: Tensor
 ) -> tuple[Tensor | None, ...]:
     (mask,) = ctx.saved_tensors
-    return _ops.lambda_return.default(grad_grad_values, grad_grad_rewards, mask, ctx.gamma, ctx.lam), None, None, None
+    grad_grad_returns = call(_ops.lambda_return.default, grad_grad_values, grad_grad_rewards, mask, ctx.gamma, ctx.lam)
+    return grad_grad_returns, None, None, None
 
 
 _register_autograd("lambda_return", _lambda_return_backward, _lambda_return_setup)
-register_autograd(
-    "lambda_return::lambda_return_backward",
-    _lambda_return_backward_backward,
-    setup_context=_lambda_return_backward_setup,
-)
+_register_autograd("lambda_return_backward", _lambda_return_backward_backward, _lambda_return_backward_setup)
 
 # ---- lambda_value_loss: the targets are constants, gradients reach values only -----------------------------------
 
@@ -174,7 +237,7 @@ def _lambda_value_loss_backward(
     ctx: Any, grad_loss: Tensor, _grad_num_tokens: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     operator = _ops.lambda_value_loss_backward.default
-    grad_values = _call_in_backward(operator, grad_loss, *ctx.saved_tensors, ctx.gamma, ctx.lam)
+    grad_values = call(operator, grad_loss, *ctx.saved_tensors, ctx.gamma, ctx.lam)
     return grad_values, None, None, None, None, None
 
 
@@ -203,13 +266,13 @@ def _masked_mse_setup(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor
 def _masked_mse_backward(ctx: Any, grad_loss: Tensor, _grad_num_tokens: Tensor | None) -> tuple[Tensor | None, ...]:
     num_tokens, values, targets, mask = ctx.saved_tensors
     operator = _ops.masked_mse_backward.default
-    grad_values = _call_in_backward(operator, grad_loss, num_tokens, values, targets, mask)
+    grad_values = call(operator, grad_loss, num_tokens, values, targets, mask)
     if not ctx.needs_input_grad[1]:
         grad_targets = None
     elif targets.dtype == values.dtype:
         grad_targets = -grad_values
     else:  # float32 targets of half values: the same error with the sides exchanged, not rounded to half
-        grad_targets = _call_in_backward(operator, grad_loss, num_tokens, targets, values.to(targets.dtype), mask)
+        grad_targets = call(operator, grad_loss, num_tokens, targets, values.to(targets.dtype), mask)
     return grad_values, grad_targets, None
 
 
@@ -298,7 +361,7 @@ def _td_lambda_backward(ctx: Any, grad_returns: Tensor) -> tuple[Tensor | None, 
     mask, cu_seqlens, gamma, lam = ctx.saved_tensors
     terminal_dtype, rewards_dtype = ctx.rewards_dtypes
     with_rewards = rewards_dtype is not None and ctx.needs_input_grad[3]
-    grad_values, grad_terminal, grad_rewards = _call_in_backward(
+    grad_values, grad_terminal, grad_rewards = call(
         _ops.td_lambda_backward.default, grad_returns, mask, cu_seqlens, gamma, lam, with_rewards
     )
     if ctx.advantages:  # G - V
@@ -317,16 +380,14 @@ def _td_lambda_backward_backward(
 ) -> tuple[Tensor | None, ...]:
     mask, cu_seqlens, gamma, lam = ctx.saved_tensors
     rewards = grad_grad_rewards if ctx.with_rewards else None
-    grad_grad_returns = _ops.td_lambda.default(
-        grad_grad_values, grad_grad_terminal, mask, rewards, cu_seqlens, gamma, lam
+    grad_grad_returns = call(
+        _ops.td_lambda.default, grad_grad_values, grad_grad_terminal, mask, rewards, cu_seqlens, gamma, lam, False
     )
     return grad_grad_returns, None, None, None, None, None
 
 
 _register_autograd("td_lambda", _td_lambda_backward, _td_lambda_setup)
-register_autograd(
-    "lambda_return::td_lambda_backward", _td_lambda_backward_backward, setup_context=_td_lambda_backward_setup
-)
+_register_autograd("td_lambda_backward", _td_lambda_backward_backward, _td_lambda_backward_setup)
 
 # ---- td_lambda_loss: the targets are constants, gradients reach values only --------------------------------------
 
@@ -395,7 +456,7 @@ def _td_lambda_loss_backward(
     ctx: Any, grad_loss: Tensor, _grad_scale: Tensor | None, _grad_statistics: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     operator = _ops.td_lambda_loss_backward.default
-    grad_values = _call_in_backward(operator, grad_loss, *ctx.saved_tensors, *ctx.options)
+    grad_values = call(operator, grad_loss, *ctx.saved_tensors, *ctx.options)
     return grad_values, *[None] * 13
 
 
@@ -419,7 +480,7 @@ def _unsupported(name: str, what: str) -> None:
     def backward(ctx: Any, *grads: Any) -> Any:
         raise NotImplementedError(f"lambda_return::{name}: {what}")
 
-    register_autograd(f"lambda_return::{name}", backward, setup_context=setup_context)
+    _register_autograd(name, backward, setup_context)
 
 
 _unsupported("lambda_value_loss_backward", "the fused loss has no second derivative; write it with lambda_return")

@@ -217,7 +217,6 @@ def gae(
     return call(_ops.td_lambda.default, *scan, True)
 
 
-@torch.no_grad()
 def returns_and_advantages(
     values: Tensor,
     terminal_rewards: Tensor,
@@ -262,11 +261,11 @@ def returns_and_advantages(
         values, terminal_rewards, loss_mask, gamma, lam_returns, rewards, bootstrap_values, cu_seqlens, "lam_returns"
     )
     second_lam = check_discount("lam_advantages", lam_advantages, values, scan.rows)
-    returns, advantages = call(_ops.td_lambda_pair.default, *scan, second_lam)
+    constants = (x if x is None else x.detach() for x in scan)
+    returns, advantages = call(_ops.td_lambda_pair.default, *constants, second_lam)
     return returns, masked_whiten(advantages, loss_mask, group=group) if whiten else advantages
 
 
-@torch.no_grad()
 def masked_whiten(x: Tensor, mask: Tensor | None, *, group: Any = None, eps: float = 1e-8) -> Tensor:
     r""":math:`(x - \mu) / \sqrt{\sigma^2 + \epsilon}` at valid tokens, 0 elsewhere.
 
@@ -278,12 +277,15 @@ def masked_whiten(x: Tensor, mask: Tensor | None, *, group: Any = None, eps: flo
         mask: the shape of ``x``, any real dtype, nonzero = valid; None: everything is.
         group: a torch.distributed process group; None: this process alone.
         eps: added to the variance.
+
+    Returns:
+        The shape and dtype of ``x``, without gradient.
     """
     check_tensor("x", x)
     if mask is not None:
         check_like("mask", mask, x)
     valid = torch.ones_like(x, dtype=torch.bool) if mask is None else mask != 0
-    kept = torch.where(valid, x, 0.0).to(torch.float64)
+    kept = torch.where(valid, x.detach(), 0.0).to(torch.float64)
     sums = torch.stack([valid.sum(dtype=torch.float64), kept.sum(), (kept * kept).sum()])
     if group is not None:
         torch.distributed.all_reduce(sums, group=group)
