@@ -1,0 +1,37 @@
+"""Compiles the operators ahead of time into a package that aoti_test.cpp runs without Python.
+
+python csrc/testing/aoti_package.py OUTPUT.pt2
+
+Exits with 77, which ctest takes for skipped, where the Python package is not installed.
+"""
+
+import sys
+
+import torch
+
+try:
+    import lambda_return_ext as lr
+except ImportError as error:
+    print(f"skipped: the Python package is not installed ({error})")
+    sys.exit(77)
+
+
+class Model(torch.nn.Module):
+    """Returns, padded and packed, and both losses."""
+
+    def forward(
+        self, values: torch.Tensor, rewards: torch.Tensor, mask: torch.Tensor, cu_seqlens: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Values [B, T], rewards [B], mask [B, T] and cu_seqlens [B + 1] of the same tokens, packed."""
+        returns = lr.compute_lambda_return(values, rewards, mask, 1.0, 0.5)
+        loss = lr.compute_lambda_value_loss(values, rewards, mask, mask, 1.0, 0.5)
+        packed = lr.lambda_return_varlen(values.flatten(), rewards, cu_seqlens, mask.flatten(), 1.0, 0.5)
+        huber = lr.compute_lambda_value_loss(values, rewards, mask, mask, 1.0, 0.5, loss="huber", reduction="sum")
+        return returns, loss, packed, huber
+
+
+if __name__ == "__main__":
+    B, T = torch.export.Dim("B", max=1024), torch.export.Dim("T", max=1 << 20)
+    inputs = torch.rand(3, 8), torch.rand(3), torch.ones(3, 8, dtype=torch.uint8), torch.tensor([0, 8, 16, 24])
+    program = torch.export.export(Model(), inputs, dynamic_shapes=({0: B, 1: T}, {0: B}, {0: B, 1: T}, {0: B + 1}))
+    torch._inductor.aoti_compile_and_package(program, package_path=sys.argv[1])
