@@ -223,6 +223,14 @@ def test_only_what_stands_between_markers_is_replaced():
     assert report.update(new, {"a": "new\n"}) == new
 
 
+def test_the_pages_quote_the_results_that_are_checked_in():
+    text = report.sections(report.RESULTS)
+    for path in report.PAGES:
+        page = path.read_text()
+        assert "<!-- benchmark " in page
+        assert report.update(page, text) == page, f"{path.name}: run python benchmarks/report.py"
+
+
 def test_goals_are_judged(tmp_path):
     facts = {"B": "1", "T": "8", "mask": "dense", "threads": "1"}
     times = {"lambda_return": 5.0, "loss forward + backward": 30.0, "F.mse_loss forward + backward": 20.0}
