@@ -67,6 +67,11 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--overwrite", action="store_true", help="replace the output where it is there")
     score.set_defaults(run=_score)
 
+    compare = commands.add_parser("compare", help="print and draw several runs side by side")
+    compare.add_argument("run_dirs", nargs="+", metavar="RUN", help="folders of finished runs, two or more")
+    compare.add_argument("--output", default="compare.png", metavar="FILE", help="the picture (default compare.png)")
+    compare.set_defaults(run=_compare)
+
     make_data = commands.add_parser("make-data", help="build a data file")
     sources = make_data.add_subparsers(title="sources", required=True, metavar="SOURCE")
     source = sources.add_parser("codeio", help="right and wrong programs, labelled by running them")
@@ -104,6 +109,13 @@ def _score(arguments: argparse.Namespace) -> int:
 
     a = arguments
     score_file(a.run_dir, a.data, a.output, a.subset, a.split, a.overwrite)
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from lambda_return_ext.critic.comparison import compare_runs
+
+    compare_runs(arguments.run_dirs, arguments.output)
     return 0
 
 

@@ -100,3 +100,44 @@ def plot_curves(run_dir: Path, results: Mapping[str, Any]) -> None:
         axis.legend(fontsize=8, framealpha=0.9)
     figure.suptitle(results["title"])
     _save(figure, run_dir / checkpoint.CURVES)
+
+
+def plot_comparison(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]], Mapping[str, Any]]], path: Path) -> None:
+    """Draw several runs over one another.
+
+    Args:
+        runs: of each its name, the records of `metrics.jsonl` and its results.
+        path: the PNG file.
+    """
+    figure, axes = _pyplot().subplots(2, 3, figsize=(16, 8.5), layout="constrained")
+    (accuracy, margin, reliability), (loss, brier, length) = axes
+    curves = {
+        accuracy: ("pairwise_accuracy", "Pairwise accuracy"),
+        margin: ("margin", "Margin: mean value of right minus wrong"),
+        loss: ("loss", "Loss"),
+        brier: ("brier", "Brier score of the last token"),
+    }
+    bar = 0.8 / len(runs)
+    for number, (name, records, results) in enumerate(runs):
+        color = f"C{number}"
+        checks = [record for record in records if "validation/loss" in record]
+        for axis, (key, _) in curves.items():
+            _draw(axis, checks, f"validation/{key}", name, color=color, **MARKED)
+        _draw(accuracy, checks, "train_subset/pairwise_accuracy", "_train", color=color, linestyle=":", linewidth=1)
+        best = results["checkpoints"]["best"]["metrics"]
+        draw_reliability(reliability, best, name, color=color)
+        parts = best["validation/length_accuracy"]
+        places = [i + bar * (number - (len(runs) - 1) / 2) for i in range(len(parts))]
+        length.bar(places, parts, width=bar, color=color, label=name)
+    for axis, (_, title) in curves.items():
+        axis.set(title=f"{title}, validation", xlabel="step")
+    accuracy.plot([], [], color="0.4", linestyle=":", linewidth=1, label="training pairs")
+    finish_reliability(reliability)
+    titles = length_bins(runs[0][2]["checkpoints"]["best"]["metrics"])
+    length.set_xticks(range(len(titles)), titles, fontsize=8)
+    length.axhline(0.5, color="0.45", linestyle="--", linewidth=1)
+    length.set(ylim=(0, 1.05), title="Pairwise accuracy by length, validation")
+    for axis in axes.flat:
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=8, framealpha=0.9)
+    _save(figure, path)

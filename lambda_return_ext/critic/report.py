@@ -136,7 +136,8 @@ DATA_ROWS = {
 
 def print_data(display: Display, summary: Mapping[str, Any]) -> None:
     """Print what a run trains on and is measured on, and what of its data it leaves out."""
-    table = Table(title=summary["path"], title_justify="left")
+    display.line(summary["path"])
+    table = Table()
     table.add_column("")
     parts = ("train", "validation")
     for part in parts:
