@@ -15,7 +15,7 @@ Tensor eos_mask(const Tensor& mask) {
   THO_DISPATCH_V2(mask.scalar_type(), "eos_mask", AT_WRAP([&] {
     const auto m = const_rows<scalar_t>(mask_rows);
     const auto out = mutable_rows<scalar_t>(eos);
-    parallel_rows(B, T, [&](int64_t b) {
+    parallel_rows(B, T, From::kRight, [&](int64_t b) {
       const int64_t last = last_valid_position(m[b], T);
       if (last >= 0) {
         out[b][last] = scalar_t(1);

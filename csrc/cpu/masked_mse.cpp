@@ -44,7 +44,7 @@ Tensor masked_mse_backward(
     const auto dv = mutable_rows<scalar_t>(grad_values);
     const acc_t scale = gradient_scale<acc_t>(grad);
     with_target_rows<scalar_t>(in, [&](auto g) {
-      parallel_rows(in.B, in.T, [&](int64_t b) { masked_mse_backward_row(v[b], g[b], m[b], in.T, scale, dv[b]); });
+      parallel_rows(in.B, in.T, From::kLeft, [&](int64_t b) { masked_mse_backward_row(v[b], g[b], m[b], in.T, scale, dv[b]); });
     });
   }), LAMBDA_RETURN_VALUE_TYPES);
   return grad_values;

@@ -51,8 +51,6 @@ struct Stretch {
 
 inline int64_t stretches_of(int64_t T) { return std::max<int64_t>(1, (T + kStretch - 1) / kStretch); }
 
-enum class From { kRight, kLeft };
-
 // B rows of T tokens each, or of the lengths that offsets [B + 1] say.
 struct RowShape {
   int64_t B, T;
@@ -85,7 +83,7 @@ void scan_rows(
   const bool packed = rows.offsets != nullptr;
   if (threads == 1 || rows.tokens() <= kTokensPerThread || (!packed && (rows.stretches(0) == 1 || B >= 4 * threads))) {
     // Packed rows are here for want of threads or of tokens: no row needs a thread of its own.
-    parallel_rows(B, packed ? 1 : rows.T, [&](int64_t row) {
+    parallel_rows(B, packed ? 1 : rows.T, from, [&](int64_t row) {
       acc_t carry = first(row);
       for (int64_t index = 0; index < rows.stretches(row); ++index) {
         carry = rule(row).apply(run(rows.stretch(from, row, index), carry), carry);

@@ -103,7 +103,7 @@ class TdLambdaScan {
   template <class Take>
   void maps(const Take& take) const {
     const RowShape& rows = layout_.rows();
-    parallel_rows(rows.B, rows.tokens() / std::max<int64_t>(1, rows.B), [&](int64_t row) {
+    parallel_rows(rows.B, rows.tokens() / std::max<int64_t>(1, rows.B), From::kRight, [&](int64_t row) {
       auto map = AffineMap<acc_t>::identity();
       for (int64_t index = 0; index < rows.stretches(row); ++index) {
         map = rule()(row).compose(map_of(rows.stretch(From::kRight, row, index)), map);
