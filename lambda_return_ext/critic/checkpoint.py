@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -26,10 +27,43 @@ RESULTS = "results.json"
 CURVES = "curves.png"
 TENSORBOARD = "tensorboard"
 TRACKING = "tracking.json"
+NONFINITE = "nonfinite.jsonl"
 BEST = "best.safetensors"
-LAST = "last.safetensors"
-RUN_FILES = (CONFIG, DATA, METRICS, RESULTS, CURVES, TENSORBOARD, TRACKING, BEST, LAST)
+CHECKPOINTS = "checkpoints"
+RUN_FILES = (CONFIG, DATA, METRICS, RESULTS, CURVES, TENSORBOARD, TRACKING, NONFINITE, BEST, CHECKPOINTS)
 INSPECT = "inspect.html"  # written when asked for; a new run leaves it alone
+
+# What may differ when a run goes on: it changes no number, or only what happens from then on and is said so.
+MAY_CHANGE = ("training.save_every", "training.save_total_limit", "training.nonfinite", "evaluation.baselines")
+
+# A tracker that cannot reach its server raises OSErrors too, which have other numbers.
+WRITE_ERRORS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.ENOENT,
+)
+
+
+@contextmanager
+def explain_failed_writes(run_dir: Path) -> Iterator[None]:
+    """Turn what the system says about a full disk or a folder that cannot be written into a sentence.
+
+    Raises:
+        UserError: a file could not be written; the newest checkpoint is still whole.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno not in WRITE_ERRORS:
+            raise
+        newest = latest_checkpoint(run_dir)
+        kept = "no checkpoint was saved yet" if newest is None else f"{newest} is intact, and --resume goes on from it"
+        raise UserError(f"run_dir = {run_dir} must be writable and have room, got: {error}; {kept}") from error
 
 
 @contextmanager
@@ -77,7 +111,8 @@ def check_run_dir(config: Config, resume: bool, overwrite: bool) -> None:
         raise UserError(f"run_dir = {run_dir} is not empty and holds no {CONFIG}, so it is no run: choose another")
     if resume:
         before, now = flatten(load_config(saved).model_dump()), flatten(config.model_dump())
-        changed = [f"{key} was {before[key]!r} and is now {now[key]!r}" for key in now if now[key] != before[key]]
+        differ = [key for key in now if now[key] != before[key] and key not in MAY_CHANGE]
+        changed = [f"{key} was {before[key]!r} and is now {now[key]!r}" for key in differ]
         if changed:
             raise UserError(f"--resume must have the configuration of the run in {run_dir}: {'; '.join(changed)}")
 
@@ -163,14 +198,23 @@ def load_model(model: ValueModel, tensors: Mapping[str, Tensor]) -> None:
     model.load_state_dict(tensors, strict=False)
 
 
-def save_last(
-    path: Path,
-    model: ValueModel,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-    progress: Mapping[str, Any],
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """The checkpoint with the highest step, or None where there is none."""
+    return max((run_dir / CHECKPOINTS).glob("step-*.safetensors"), default=None)
+
+
+def save_checkpoint(
+    run_dir: Path, model: ValueModel, optimizer: torch.optim.Optimizer, progress: Mapping[str, Any], limit: int | None
 ) -> None:
-    """Write all that a killed run needs to go on as if nothing had happened; `progress` is any JSON."""
+    """Write all that a killed run needs to go on as if nothing had happened, then remove what is too old.
+
+    Args:
+        run_dir: the run folder.
+        model: the model.
+        optimizer: its optimizer.
+        progress: any JSON; `step` names the file.
+        limit: so many of the newest checkpoints are kept; None keeps all.
+    """
     optimizer_state = optimizer.state_dict()
     tensors = {f"model.{name}": tensor for name, tensor in model.saved_tensors().items()}
     for index, slots in optimizer_state["state"].items():
@@ -178,21 +222,16 @@ def save_last(
     tensors["rng.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
-    state = {
-        "param_groups": optimizer_state["param_groups"],
-        "scheduler": scheduler.state_dict(),
-        "progress": dict(progress),
-    }
-    save_tensors(path, tensors, state)
+    state = {"param_groups": optimizer_state["param_groups"], "progress": dict(progress)}
+    folder = run_dir / CHECKPOINTS
+    folder.mkdir(exist_ok=True)
+    save_tensors(folder / f"step-{progress['step']:08d}.safetensors", tensors, state)
+    for path in sorted(folder.glob("step-*.safetensors"))[: -limit if limit else 0]:
+        path.unlink()
 
 
-def load_last(
-    path: Path,
-    model: ValueModel,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-) -> dict[str, Any]:
-    """Restore what `save_last` wrote and return its `progress`."""
+def load_checkpoint(path: Path, model: ValueModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Restore what `save_checkpoint` wrote and return its `progress`."""
     tensors, state = load_tensors(path)
     load_model(model, {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model.")})
     slots: dict[int, dict[str, Tensor]] = {}
@@ -201,8 +240,15 @@ def load_last(
             _, index, slot = name.split(".")
             slots.setdefault(int(index), {})[slot] = tensor
     optimizer.load_state_dict({"state": slots, "param_groups": state["param_groups"]})
-    scheduler.load_state_dict(state["scheduler"])
     torch.set_rng_state(tensors["rng.cpu"])
     if torch.cuda.is_available() and "rng.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["rng.cuda"])
     return state["progress"]
+
+
+def save_nonfinite(run_dir: Path, record: Mapping[str, Any]) -> None:
+    """Add a batch whose loss or gradient was not finite, in place of what a run that was killed said of later ones."""
+    path = run_dir / NONFINITE
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    before = [line for line in lines if json.loads(line)["step"] < record["step"]]
+    write_text(path, "".join([*before, json.dumps(record) + "\n"]))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from lambda_return_ext.critic import codeio
 from lambda_return_ext.critic.errors import UserError
+from lambda_return_ext.critic.interrupt import Interrupted
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,6 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FloatingPointError as error:
         print(f"lambda-critic: error: {error}", file=sys.stderr)
         return 1
+    except Interrupted as stopped:
+        print(f"lambda-critic: {stopped}", file=sys.stderr)
+        return 128 + stopped.signal_number
     except KeyboardInterrupt:
         hint = "; --resume goes on from the last checkpoint" if arguments.run is _train else ""
         print(f"lambda-critic: interrupted{hint}", file=sys.stderr)

@@ -131,6 +131,8 @@ class TrainingConfig(Section):
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
     max_grad_norm: PositiveFloat | None = 1.0
     save_every: PositiveInt = 50
+    save_total_limit: PositiveInt | None = 1
+    nonfinite: Literal["stop", "skip"] = "stop"
     compile: bool = False
     value_loss: ValueLossConfig = ValueLossConfig()
 

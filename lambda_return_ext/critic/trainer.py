@@ -20,6 +20,7 @@ from lambda_return_ext.critic import checkpoint
 from lambda_return_ext.critic.config import Config, TrainingConfig, load_config
 from lambda_return_ext.critic.data import Collator, PairData, TokenPair, epoch_batches, read_examples, select_pairs
 from lambda_return_ext.critic.errors import UserError
+from lambda_return_ext.critic.interrupt import Interrupted, StopRequest
 from lambda_return_ext.critic.losses import value_loss
 from lambda_return_ext.critic.metrics import evaluate_pairs, length_baseline, likelihood_baseline
 from lambda_return_ext.critic.model import Backbone, ValueModel, compute_features, group_by_prompt
@@ -117,8 +118,9 @@ def train(config: Config, resume: bool = False, overwrite: bool = False) -> dict
         overwrite: remove the run that is in the run folder.
 
     Raises:
-        UserError: something that the user can put right, before anything is written.
-        FloatingPointError: the loss or its gradient is not finite; the last checkpoint is from before.
+        UserError: something that the user can put right, before anything is written; or a file could not be written.
+        FloatingPointError: the loss or its gradient is not finite; the batch is saved and no step was taken with it.
+        Interrupted: SIGINT or SIGTERM came; all steps so far are saved.
     """
     checkpoint.check_run_dir(config, resume, overwrite)
     check_trackers(config)
@@ -129,10 +131,10 @@ def train(config: Config, resume: bool = False, overwrite: bool = False) -> dict
     collate = build_collator(task, data.train + data.validation, display)
 
     optimizer = torch.optim.AdamW(parameter_groups(model, training.weight_decay), lr=training.learning_rate)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(training, task.steps))
-    progress: dict[str, Any] = {"step": 0, "best": [-1.0, 0.0], "seconds": 0.0}
-    if (run_dir / checkpoint.LAST).exists():
-        progress = checkpoint.load_last(run_dir / checkpoint.LAST, model, optimizer, scheduler)
+    learning_rate = lr_schedule(training, task.steps)
+    progress: dict[str, Any] = {"step": 0, "best": [-1.0, 0.0], "seconds": 0.0, "skipped": 0}
+    if newest := checkpoint.latest_checkpoint(run_dir):
+        progress = checkpoint.load_checkpoint(newest, model, optimizer)
         display.line(f"resumed after step {progress['step']}")
     forward_loss = build_forward_loss(model, training)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -144,15 +146,18 @@ def train(config: Config, resume: bool = False, overwrite: bool = False) -> dict
     epoch_order: list[list[int]] = []
 
     with (
+        checkpoint.explain_failed_writes(run_dir),
         MetricLog(config, progress["step"]) as log,
         display.phase("training", "steps", task.steps, done=progress["step"]) as advance,
+        StopRequest() as stop,
     ):
         for step in range(progress["step"] + 1, task.steps + 1):
             epoch, position = divmod(step - 1, steps_per_epoch)
             if position == 0 or not epoch_order:
                 epoch_order = epoch_batches(lengths, training.batch_size, config.seed, epoch)
             step_started = time.monotonic()
-            batch = collate([data.train[index] for index in epoch_order[position]]).to(device)
+            pairs = [data.train[index] for index in epoch_order[position]]
+            batch = collate(pairs).to(device)
             # Chosen out here and of one dtype in both phases, so that leaving the warm-up compiles nothing anew.
             warmup = step <= warmup_steps
             loss_mask = create_eos_only_mask(batch.loss_mask).bool() if warmup else batch.loss_mask
@@ -166,19 +171,24 @@ def train(config: Config, resume: bool = False, overwrite: bool = False) -> dict
                 "train/loss": loss.item(),
                 **{name: term.item() for name, term in terms.items()},
                 "train/grad_norm": float(grad_norm),
-                "train/lr": float(scheduler.get_last_lr()[0]),
+                "train/lr": learning_rate(step),
                 "train/warmup_active": int(warmup),
                 "train/epoch": epoch + (position + 1) / steps_per_epoch,
                 "config/gamma": gamma,
                 "config/lambda": lam,
             }
-            if not (math.isfinite(metrics["train/loss"]) and math.isfinite(metrics["train/grad_norm"])):
-                raise FloatingPointError(f"loss or gradient is not finite at step {step}: {metrics}")
-            optimizer.step()
-            scheduler.step()
+            if math.isfinite(metrics["train/loss"]) and math.isfinite(metrics["train/grad_norm"]):
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(step)
+                optimizer.step()
+            else:
+                say_nonfinite(run_dir, step, metrics, pairs, training.nonfinite, display)
+                progress["skipped"] += 1
+                metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
+            metrics["train/skipped_steps"] = progress["skipped"]
             metrics["train/tokens_per_second"] = batch.tokens / (time.monotonic() - step_started)
             log.write(step, metrics)
-            advance(1, f"loss {metrics['train/loss']:.4f}")
+            advance(1, f"loss {metrics.get('train/loss', math.nan):.4f}")
 
             checked = step in (warmup_steps, task.steps) or step % config.evaluation.every == 0
             if checked:
@@ -190,9 +200,14 @@ def train(config: Config, resume: bool = False, overwrite: bool = False) -> dict
                     progress["best"] = rank
                     state = {"step": step, "metrics": measured}
                     checkpoint.save_tensors(run_dir / checkpoint.BEST, model.saved_tensors(), state)
-            if checked or step % training.save_every == 0:
-                progress |= {"step": step, "seconds": time.monotonic() - started}
-                checkpoint.save_last(run_dir / checkpoint.LAST, model, optimizer, scheduler, progress)
+            progress |= {"step": step, "seconds": time.monotonic() - started}
+            stopping = stop.received
+            if checked or stopping or step % training.save_every == 0:
+                checkpoint.save_checkpoint(run_dir, model, optimizer, progress, training.save_total_limit)
+            if stopping:
+                raise Interrupted(stopping, step)
+    if stop.received:
+        raise Interrupted(stop.received, task.steps)
 
     _, best = checkpoint.load_tensors(run_dir / checkpoint.BEST)
     records = [record for record in read_metrics(run_dir) if "validation/pairwise_accuracy" in record]
@@ -256,11 +271,31 @@ def parameter_groups(model: ValueModel, weight_decay: float) -> list[dict[str, A
     ]
 
 
-def lr_factor(config: TrainingConfig, steps: int) -> Callable[[int], float]:
-    """The learning rate of each step as a share of `learning_rate`."""
+def lr_schedule(config: TrainingConfig, steps: int) -> Callable[[int], float]:
+    """The learning rate of step 1, 2, ...; it depends on the step alone, so that a checkpoint need not hold it."""
     if config.lr_schedule == "constant":
-        return lambda step: 1.0
-    return lambda step: 0.5 * (1.0 + math.cos(math.pi * step / steps))
+        return lambda step: config.learning_rate
+    return lambda step: config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * (step - 1) / steps))
+
+
+def say_nonfinite(
+    run_dir: Path, step: int, metrics: dict[str, float], pairs: list[TokenPair], policy: str, display: Display
+) -> None:
+    """Save the batch of a step whose loss or gradient is not finite, and stop or say that it is left out.
+
+    Raises:
+        FloatingPointError: `policy` is to stop.
+    """
+    sides = [{"problem": pair.problem, "right": pair.right._asdict(), "wrong": pair.wrong._asdict()} for pair in pairs]
+    numbers = {name: str(metrics[name]) for name in ("train/loss", "train/grad_norm")}
+    checkpoint.save_nonfinite(run_dir, {"step": step, **numbers, "pairs": sides})
+    message = (
+        f"loss or gradient is not finite at step {step}: loss {numbers['train/loss']}, gradient norm "
+        f"{numbers['train/grad_norm']}; its pairs are in {run_dir / checkpoint.NONFINITE}"
+    )
+    if policy == "stop":
+        raise FloatingPointError(f"{message}; training.nonfinite=skip leaves such a batch out")
+    display.line(f"{message}; left out")
 
 
 def measure(task: Task, collate: Collator) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,23 +10,29 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lambda_return_ext.critic.cli import main
+
 WORDS = [f"w{i}" for i in range(40)]
 VOCABULARY = {word: i for i, word in enumerate(["<pad>", "<end>", "<unk>", "fine", "broken", *WORDS])}
 
 
-@pytest.fixture(scope="session")
-def tiny_backbone(tmp_path_factory):
-    """A two-layer Llama with random weights and a tokenizer of words, in a folder."""
-    folder = tmp_path_factory.mktemp("backbone")
+def save_backbone(folder, **settings):
+    """Save a two-layer Llama with random weights and a tokenizer of words."""
     words = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<pad>", unk_token="<unk>")
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = LlamaConfig(vocab_size=len(VOCABULARY), max_position_embeddings=128, num_key_value_heads=1, **sizes)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    sizes |= {"vocab_size": len(VOCABULARY), "max_position_embeddings": 128, "num_key_value_heads": 1, **settings}
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_backbone(tmp_path_factory):
+    """A two-layer Llama with random weights and a tokenizer of words, in a folder."""
+    return save_backbone(tmp_path_factory.mktemp("backbone"))
 
 
 def make_records(problems=24, pairs=3, seed=0):
@@ -81,3 +88,30 @@ def config_file(tmp_path, tiny_backbone, write_pairs):
     }
     path.write_text(yaml.safe_dump(content), encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def train(config_file):
+    """Run `lambda-critic train` on the tiny configuration; returns the exit code."""
+    return lambda *arguments: main(["train", "--config", str(config_file), *arguments])
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    return tmp_path / "run"
+
+
+def records_of(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def steps_of(run_dir):
+    return [record for record in records_of(run_dir) if "train/skipped_steps" in record]
+
+
+def without_timing(run_dir):
+    return [{k: v for k, v in record.items() if k != "train/tokens_per_second"} for record in records_of(run_dir)]
+
+
+def content(folder):
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}

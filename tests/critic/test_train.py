@@ -2,18 +2,15 @@
 
 import functools
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pyarrow.parquet
 import pytest
 import torch
 import yaml
-from conftest import make_records
+from conftest import content, make_records, records_of, steps_of, without_timing
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lambda_return_ext.critic import checkpoint, trainer
@@ -24,31 +21,8 @@ LOSS = "training.value_loss"
 TO_MONTE_CARLO = [f"{LOSS}.use_lambda_return=false", f"{LOSS}.use_mc_mse=true"]
 
 
-@pytest.fixture
-def train(config_file):
-    """Run `lambda-critic train` on the tiny configuration; returns the exit code."""
-    return lambda *arguments: main(["train", "--config", str(config_file), *arguments])
-
-
-@pytest.fixture
-def run_dir(tmp_path):
-    return tmp_path / "run"
-
-
-def records_of(run_dir):
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def steps_of(run_dir):
-    return [record for record in records_of(run_dir) if "train/loss" in record]
-
-
 def checks_of(run_dir):
     return [record for record in records_of(run_dir) if "validation/pairwise_accuracy" in record]
-
-
-def without_timing(run_dir):
-    return [{k: v for k, v in record.items() if k != "train/tokens_per_second"} for record in records_of(run_dir)]
 
 
 # With zero weights in the last layer the first gradients are almost zero, and Adam makes rounding errors as large as
@@ -66,10 +40,6 @@ def assert_alike(run_dir, other):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), (ours["step"], name)
 
 
-def content(folder):
-    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
-
-
 # ---- what a run does ---------------------------------------------------------------------------------------------
 
 
@@ -81,7 +51,8 @@ def test_a_run_learns_and_leaves_everything_behind(train, run_dir, capsys):
     assert best["validation/pairwise_accuracy"] >= 0.9
     assert best["validation/margin"] > 0.1
     assert list(results["baselines"])[1] == "likelihood"
-    assert {path.name for path in run_dir.iterdir()} == set(checkpoint.RUN_FILES) - {checkpoint.TRACKING}
+    missing = {checkpoint.TRACKING, checkpoint.NONFINITE}
+    assert {path.name for path in run_dir.iterdir()} == set(checkpoint.RUN_FILES) - missing
     assert (run_dir / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "pairwise accuracy" in out
     assert "baseline: likelihood" in out
@@ -313,75 +284,6 @@ def test_resume_refuses_another_configuration_or_other_data(train, run_dir, conf
     assert train("training.max_steps=4", "--resume") == 2
     assert "is not the file that the run" in capsys.readouterr().err
     assert content(run_dir) == before
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(train, run_dir, monkeypatch, capsys):
-    real, calls = trainer.value_loss, []
-
-    def poisoned(*arguments):
-        loss, terms = real(*arguments)
-        calls.append(loss)
-        return (loss * float("nan") if len(calls) == 6 else loss), terms
-
-    monkeypatch.setattr(trainer, "value_loss", poisoned)
-    assert train() == 1
-    assert "not finite at step 6" in capsys.readouterr().err
-    _, state = checkpoint.load_tensors(run_dir / "last.safetensors")
-    assert state["progress"]["step"] == 5
-    monkeypatch.undo()
-    assert train("--resume") == 0
-    assert steps_of(run_dir)[-1]["step"] == 18
-
-
-# ---- resume ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_a_killed_run_resumes_and_loses_nothing(train, run_dir, config_file):
-    long = ["training.epochs=30", "evaluation.every=50"]
-    assert train(*long, f"run_dir={run_dir}-whole") == 0
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lambda_return_ext.critic.cli", "train", "--config", str(config_file), *long],
-        stdout=subprocess.DEVNULL,
-    )
-    metrics = run_dir / "metrics.jsonl"
-    while not metrics.exists() or metrics.read_bytes().count(b"\n") < 60:
-        assert process.poll() is None
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert steps_of(run_dir)[-1]["step"] < 270
-    with open(metrics, "a", encoding="utf-8") as file:
-        file.write('{"step": 61, "train/lo')
-    assert train(*long, "--resume") == 0
-    assert without_timing(run_dir) == without_timing(Path(f"{run_dir}-whole"))
-    for name in ("best.safetensors", "last.safetensors"):
-        tensors, whole = (checkpoint.load_tensors(folder / name)[0] for folder in (run_dir, Path(f"{run_dir}-whole")))
-        assert tensors.keys() == whole.keys()
-        assert all(torch.equal(tensors[key], whole[key]) for key in tensors)
-
-
-def test_resume_starts_anew_where_nothing_is_and_repeats_the_report_of_a_whole_run(train, run_dir, capsys):
-    assert train("--resume", "training.max_steps=4") == 0
-    before = without_timing(run_dir)
-    capsys.readouterr()
-    assert train("--resume", "training.max_steps=4") == 0
-    assert "resumed after step 4" in capsys.readouterr().out
-    assert without_timing(run_dir) == before
-
-
-def test_a_write_that_fails_leaves_the_old_file(tmp_path):
-    path = tmp_path / "file"
-    checkpoint.write_text(path, "old")
-
-    def fail():
-        with checkpoint.atomic_path(path) as temporary:
-            temporary.write_text("half", encoding="utf-8")
-            raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        fail()
-    assert content(tmp_path) == {path: b"old"}
 
 
 # ---- compile -----------------------------------------------------------------------------------------------------
