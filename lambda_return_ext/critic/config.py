@@ -45,6 +45,7 @@ class DataConfig(Section):
     pairs_per_problem: PositiveInt | None = None
     length_bin: PositiveInt | None = None
     split_seed: int = 0
+    packing: bool = False
     pad_to_multiple_of: PositiveInt = 1
 
 

@@ -7,13 +7,14 @@ import itertools
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lambda_return_ext import create_eos_only_mask
 from lambda_return_ext.critic.config import DataConfig
 from lambda_return_ext.critic.errors import UserError
 from lambda_return_ext.critic.examples import Example, Piece, Renderer, parse_example, read_chat_template
@@ -328,16 +329,31 @@ def _stable_hash(seed: int, item: object) -> bytes:
     return hashlib.sha256(f"{seed}:{item!r}".encode()).digest()
 
 
-@dataclass(frozen=True)
-class Batch:
-    """N pairs as 2 N rows: the right solutions first, then the wrong ones in the same order.
+class Packing(NamedTuple):
+    """Where the 2 N sequences of a packed batch lie.
 
     Attributes:
-        inputs: token ids [2N, T], or cached features of the output tokens [2N, T, H].
-        attention_mask: bool [2N, T], false at padding.
-        loss_mask: bool [2N, T], true at output tokens.
+        cu_seqlens: int32 [2N + 1], where each begins, and where the last ends.
+        right_tokens: number of tokens of the N right ones, which come first.
+    """
+
+    cu_seqlens: Tensor
+    right_tokens: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """N pairs as 2 N sequences: the right solutions first, then the wrong ones in the same order.
+
+    Padded to [2N, T], or packed: one after the other in [total].
+
+    Attributes:
+        inputs: token ids [2N, T] or [total], or cached features of what follows the prompt, with H behind.
+        attention_mask: bool, the shape of the ids, false at padding.
+        loss_mask: bool, the shape of the ids, true at output tokens.
         terminal_rewards: float32 [2N], 1 for right and 0 for wrong.
         tokens: number of positions that are no padding.
+        packing: None where the batch is padded.
     """
 
     inputs: Tensor
@@ -345,38 +361,87 @@ class Batch:
     loss_mask: Tensor
     terminal_rewards: Tensor
     tokens: int
+    packing: Packing | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
-        return Batch(
-            inputs=self.inputs.to(device),
-            attention_mask=self.attention_mask.to(device),
-            loss_mask=self.loss_mask.to(device),
-            terminal_rewards=self.terminal_rewards.to(device),
-            tokens=self.tokens,
-        )
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        if self.packing is not None:
+            moved["packing"] = self.packing._replace(cu_seqlens=self.packing.cu_seqlens.to(device))
+        return replace(self, **moved)
+
+    def last_tokens(self) -> Tensor:
+        """Mask of the last output token of each solution, bool, the shape of the loss mask."""
+        if self.packing is None:
+            return create_eos_only_mask(self.loss_mask).bool()
+        # The last output token is the one with which the count over all reaches that at the end of its sequence.
+        count = self.loss_mask.cumsum(0)
+        ends = count[self.packing.cu_seqlens[1:].long() - 1]
+        return self.loss_mask & torch.isin(count, ends)
 
 
 class Collator:
-    """Turns pairs into a batch, of token ids or, where features are given, of those.
+    """Turns pairs into a batch, padded or packed, of token ids or, where features are given, of those.
 
     Features hold what follows the prompt only: positions of the prompt carry no loss, and a masked return skips them.
 
     Args:
         pad_id: token id at padding; it is masked everywhere.
         features: [T, H] for all that follows the prompt of each solution.
-        multiple: T of a batch is a multiple of this.
+        multiple: T, or the total of a packed batch, is a multiple of this.
+        packed: batches to train on are packed.
     """
 
-    def __init__(self, pad_id: int, features: Mapping[Solution, Tensor] | None = None, multiple: int = 1):
+    def __init__(
+        self,
+        pad_id: int,
+        features: Mapping[Solution, Tensor] | None = None,
+        multiple: int = 1,
+        packed: bool = False,
+    ):
         self.pad_id = pad_id
         self.features = features
         self.multiple = multiple
+        self.packed = packed
 
     def __call__(self, pairs: Sequence[TokenPair]) -> Batch:
+        """A batch to train on."""
+        return self.pack(pairs) if self.packed else self.pad(pairs)
+
+    def pad(self, pairs: Sequence[TokenPair]) -> Batch:
         """Pad the pairs on the right into one batch."""
         rewards = torch.tensor([1.0, 0.0]).repeat_interleave(len(pairs))
         return self.collate([pair.right for pair in pairs] + [pair.wrong for pair in pairs], rewards)
+
+    def pack(self, pairs: Sequence[TokenPair]) -> Batch:
+        """Put the pairs one after the other into one batch; what fills it up is masked and ends the last sequence."""
+        solutions = [pair.right for pair in pairs] + [pair.wrong for pair in pairs]
+        rows, masks = self._rows(solutions), []
+        for solution, row in zip(solutions, rows, strict=True):
+            output = solution.output_mask or (True,) * len(solution.output_ids)
+            masks.append(torch.tensor((False,) * (len(row) - len(output)) + output))
+        tokens = sum(map(len, rows))
+        filling = -tokens % self.multiple
+        fill = 0 if self.features is not None else self.pad_id
+        rows.append(rows[0].new_full((filling, *rows[0].shape[1:]), fill))
+        masks.append(torch.zeros(filling, dtype=torch.bool))
+        ends = torch.tensor([0, *(len(row) for row in rows[:-1])]).cumsum(0)
+        ends[-1] += filling
+        return Batch(
+            inputs=torch.cat(rows),
+            attention_mask=torch.arange(tokens + filling) < tokens,
+            loss_mask=torch.cat(masks),
+            terminal_rewards=torch.tensor([1.0, 0.0]).repeat_interleave(len(pairs)),
+            tokens=tokens,
+            packing=Packing(ends.int(), int(ends[len(pairs)])),
+        )
+
+    def _rows(self, solutions: Sequence[Solution]) -> list[Tensor]:
+        if self.features is not None:
+            return [self.features[solution] for solution in solutions]
+        return [torch.tensor(solution.prompt_ids + solution.output_ids) for solution in solutions]
 
     def collate(self, solutions: Sequence[Solution], terminal_rewards: Tensor) -> Batch:
         """Pad any solutions on the right into one batch.
@@ -385,10 +450,7 @@ class Collator:
             solutions: B solutions.
             terminal_rewards: [B].
         """
-        if self.features is not None:
-            rows = [self.features[solution] for solution in solutions]
-        else:
-            rows = [torch.tensor(solution.prompt_ids + solution.output_ids) for solution in solutions]
+        rows = self._rows(solutions)
         longest = max(map(len, rows))
         rows.append(rows[0].new_zeros(longest + -longest % self.multiple, *rows[0].shape[1:]))  # sets T, then goes
         inputs = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad_id)[:-1]

@@ -80,7 +80,7 @@ def credited_pairs(task: Task, display: Display) -> list[tuple[TokenPair, float,
     for start in range(0, len(pairs), size):
         part = pairs[start : start + size]
         solutions = [pair.right for pair in part] + [pair.wrong for pair in part]
-        credits = credit_solutions(task.model, collate(part).to(task.device), solutions, gamma, lam)
+        credits = credit_solutions(task.model, collate.pad(part).to(task.device), solutions, gamma, lam)
         for pair, right, wrong in zip(part, credits[: len(part)], credits[len(part) :], strict=True):
             credited.append((pair, mean_value(right) - mean_value(wrong), right, wrong))
     return credited

@@ -35,7 +35,7 @@ def evaluate_pairs(
     by_length = sorted(pairs, key=lambda pair: pair.length)
     records = []
     for start in range(0, len(by_length), batch_size):
-        batch = collate(by_length[start : start + batch_size]).to(device)
+        batch = collate.pad(by_length[start : start + batch_size]).to(device)
         records.append(measure_batch(model(batch.inputs, batch.attention_mask), batch, loss))
     return summarise({name: torch.cat([record[name] for record in records]) for name in records[0]})
 

@@ -38,20 +38,31 @@ class ValueModel(nn.Module):
         self.backbone_frozen = backbone_frozen
         backbone.requires_grad_(not backbone_frozen)
 
-    def forward(self, inputs: Tensor, attention_mask: Tensor) -> Tensor:
-        """Values [B, T].
+    def forward(self, inputs: Tensor, attention_mask: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Values [B, T], or [total] of packed sequences.
 
         Args:
-            inputs: token ids [B, T], or features [B, T, H] that the backbone gave before.
-            attention_mask: bool [B, T], false at padding.
+            inputs: token ids [B, T] or [total], or features that the backbone gave before, with H behind.
+            attention_mask: bool, the shape of the ids, false at padding.
+            cu_seqlens: [B + 1], where packed sequences begin and the last one ends.
         """
         if inputs.is_floating_point():
             features = inputs
         else:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.backbone_frozen):
-                output = self.backbone(input_ids=inputs, attention_mask=attention_mask, use_cache=False)
-            features = output.last_hidden_state
+                if cu_seqlens is None:
+                    output = self.backbone(input_ids=inputs, attention_mask=attention_mask, use_cache=False)
+                    features = output.last_hidden_state
+                else:
+                    features = self._packed_features(inputs, cu_seqlens)
         return self.value_head(features.float()).squeeze(-1)
+
+    def _packed_features(self, ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """[total, H]: transformers keeps sequences apart where position_ids begin anew and there is no mask."""
+        starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff(), output_size=len(ids))
+        positions = torch.arange(len(ids), device=ids.device) - starts
+        output = self.backbone(input_ids=ids[None], position_ids=positions[None], use_cache=False)
+        return output.last_hidden_state[0]
 
     def train(self, mode: bool = True) -> ValueModel:
         """Switch between training and evaluation; a frozen backbone stays in evaluation."""

@@ -15,10 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lambda_return_ext import create_eos_only_mask
 from lambda_return_ext.critic import checkpoint
 from lambda_return_ext.critic.config import Config, TrainingConfig, load_config
-from lambda_return_ext.critic.data import Collator, PairData, TokenPair, epoch_batches, read_examples, select_pairs
+from lambda_return_ext.critic.data import (
+    Collator,
+    Packing,
+    PairData,
+    TokenPair,
+    epoch_batches,
+    read_examples,
+    select_pairs,
+)
 from lambda_return_ext.critic.errors import UserError
 from lambda_return_ext.critic.interrupt import Interrupted, StopRequest
 from lambda_return_ext.critic.losses import value_loss
@@ -101,12 +108,12 @@ def total_steps(config: TrainingConfig, pairs: int) -> int:
 
 def build_collator(task: Task, pairs: list[TokenPair], display: Display) -> Collator:
     """The collator of a run; where features are cached, computes those of `pairs` once."""
-    multiple = task.config.data.pad_to_multiple_of
-    if not task.config.model.cache_features:
-        return Collator(task.pad_id, multiple=multiple)
-    groups = group_by_prompt(pairs)
-    with display.phase("features", "tokens", sum(group.tokens for group in groups)) as advance:
-        return Collator(task.pad_id, compute_features(task.model.backbone, groups, advance), multiple)
+    features = None
+    if task.config.model.cache_features:
+        groups = group_by_prompt(pairs)
+        with display.phase("features", "tokens", sum(group.tokens for group in groups)) as advance:
+            features = compute_features(task.model.backbone, groups, advance)
+    return Collator(task.pad_id, features, task.config.data.pad_to_multiple_of, task.config.data.packing)
 
 
 def train(config: Config, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
@@ -160,10 +167,11 @@ def train(config: Config, resume: bool = False, overwrite: bool = False) -> dict
             batch = collate(pairs).to(device)
             # Chosen out here and of one dtype in both phases, so that leaving the warm-up compiles nothing anew.
             warmup = step <= warmup_steps
-            loss_mask = create_eos_only_mask(batch.loss_mask).bool() if warmup else batch.loss_mask
+            loss_mask = batch.last_tokens() if warmup else batch.loss_mask
 
             model.train()
-            loss, terms = forward_loss(batch.inputs, batch.attention_mask, loss_mask, batch.terminal_rewards)
+            inputs = batch.inputs, batch.attention_mask, loss_mask, batch.terminal_rewards
+            loss, terms = forward_loss(*inputs, batch.packing)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm or math.inf)
@@ -250,10 +258,10 @@ def build_forward_loss(model: ValueModel, config: TrainingConfig) -> Callable[..
     """Forward and loss as one function of tensors, compiled whole where the configuration says so."""
 
     def forward_loss(
-        inputs: Tensor, attention_mask: Tensor, loss_mask: Tensor, terminal_rewards: Tensor
+        inputs: Tensor, attention_mask: Tensor, loss_mask: Tensor, rewards: Tensor, packing: Packing | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        values = model(inputs, attention_mask)
-        return value_loss(config.value_loss, values, attention_mask, loss_mask, terminal_rewards)
+        values = model(inputs, attention_mask, packing and packing.cu_seqlens)
+        return value_loss(config.value_loss, values, attention_mask, loss_mask, rewards, packing)
 
     if not config.compile:
         return forward_loss

@@ -141,6 +141,14 @@ def test_cached_features_train_like_the_whole_forward(train, run_dir):
     assert_alike(run_dir, Path(f"{run_dir}-whole"))
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_packed_batches_train_like_padded_ones(train, run_dir, cached):
+    settings = [WELL_CONDITIONED, "model.cache_features=" + str(cached).lower(), "data.pad_to_multiple_of=4"]
+    assert train(*settings) == 0
+    assert train(*settings, f"run_dir={run_dir}-packed", "data.packing=true") == 0
+    assert_alike(run_dir, Path(f"{run_dir}-packed"))
+
+
 def test_the_same_seed_gives_the_same_run_and_another_another(train, run_dir):
     assert train() == 0
     assert train(f"run_dir={run_dir}-again") == 0
@@ -291,9 +299,9 @@ def test_resume_refuses_another_configuration_or_other_data(train, run_dir, conf
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
-@pytest.mark.parametrize("cached", [True, False])
-def test_compiled_training_equals_eager_and_never_recompiles(train, run_dir, monkeypatch, cached):
-    settings = ["model.cache_features=" + str(cached).lower(), WELL_CONDITIONED]
+@pytest.mark.parametrize(("cached", "packed"), [(True, False), (False, False), (True, True)])
+def test_compiled_training_equals_eager_and_never_recompiles(train, run_dir, monkeypatch, cached, packed):
+    settings = [WELL_CONDITIONED, f"model.cache_features={cached}".lower(), f"data.packing={packed}".lower()]
     assert train(*settings, f"run_dir={run_dir}-eager") == 0
     if not cached:  # the whole transformer is in one graph too; inductor would take a minute over it
         monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
