@@ -2,6 +2,9 @@
 #include "instruction_set.h"
 
 #if defined(__x86_64__)
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of the placeholders in its own intrinsics
+#endif
 #define LAMBDA_RETURN_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
 #define LAMBDA_RETURN_LANES 16
 #define LAMBDA_RETURN_AVX512 1

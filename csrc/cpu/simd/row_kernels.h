@@ -156,7 +156,14 @@ LAMBDA_RETURN_INLINE auto in_float64(Vector<float, 8> x) {
   return (Vector<double, 4>)_mm256_cvtps_pd((__m128)low_half(x)) +
          (Vector<double, 4>)_mm256_cvtps_pd((__m128)high_half(x));
 }
+#if LAMBDA_RETURN_AVX512
+LAMBDA_RETURN_INLINE auto in_float64(Vector<float, 16> x) {
+  return (Vector<double, 8>)_mm512_cvtps_pd((__m256)low_half(x)) +
+         (Vector<double, 8>)_mm512_cvtps_pd((__m256)high_half(x));
+}
+#else
 LAMBDA_RETURN_INLINE auto in_float64(Vector<float, 16> x) { return in_float64(low_half(x)) + in_float64(high_half(x)); }
+#endif
 #else
 LAMBDA_RETURN_INLINE auto in_float64(Vector<float, 4> x) {
   return Vector<double, 2>{x[0], x[1]} + Vector<double, 2>{x[2], x[3]};
@@ -186,15 +193,16 @@ struct LossSink {
   template <bool kAll>
   LAMBDA_RETURN_INLINE void tile(const V (&values)[4], const M (&masked)[4], const V (&before)[4]) const {
     attention.template with_counts<kAll>(masked, [&](auto all, const M(&dropped)[4]) LAMBDA_RETURN_INLINE_LAMBDA {
-      V squares{};
+      V errors[4];
       for (int i = 0; i < 4; ++i) {
-        V error = values[i] - before[i];
+        errors[i] = values[i] - before[i];
         if constexpr (!all) {
-          error = drop(error, dropped[i]);
+          errors[i] = drop(errors[i], dropped[i]);
           sums.dropped += dropped[i];
         }
-        squares = multiply_add(error, error, squares);
       }
+      const V squares = multiply_add(errors[1], errors[1], errors[0] * errors[0]) +
+                        multiply_add(errors[3], errors[3], errors[2] * errors[2]);
       sums.num_tokens += Scan::kTile;
       sums.squares += in_float64(squares);
     });

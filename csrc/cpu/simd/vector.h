@@ -144,13 +144,25 @@ LAMBDA_RETURN_INLINE void store(bfloat16_bits* to, Vector<float, W> x) {
   const U bits = (U)x;
   const U rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const U result = (x == x) ? rounded : (bits >> 16) | 0x40;  // a NaN stays one: rounding could carry it into Inf
-  store_vector(to, __builtin_convertvector(result, Vector<uint16_t, W>));
+#if LAMBDA_RETURN_AVX512
+  if constexpr (W == 16) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16((__m512i)result));
+  } else
+#endif
+  {
+    store_vector(to, __builtin_convertvector(result, Vector<uint16_t, W>));
+  }
 }
 
 template <int W>
 LAMBDA_RETURN_INLINE Vector<float, W> load(const float16_bits* from) {
 #if LAMBDA_RETURN_FMA
-  if constexpr (W == 8) {
+#if LAMBDA_RETURN_AVX512
+  if constexpr (W == 16) {
+    return (Vector<float, W>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  } else
+#endif
+      if constexpr (W == 8) {
     return (Vector<float, W>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   } else {
     return join<Vector<float, W>>(load<W / 2>(from), load<W / 2>(from + W / 2));
@@ -168,7 +180,12 @@ LAMBDA_RETURN_INLINE Vector<float, W> load(const float16_bits* from) {
 template <int W>
 LAMBDA_RETURN_INLINE void store(float16_bits* to, Vector<float, W> x) {
 #if LAMBDA_RETURN_FMA
-  if constexpr (W == 8) {
+#if LAMBDA_RETURN_AVX512
+  if constexpr (W == 16) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+  } else
+#endif
+      if constexpr (W == 8) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
   } else {
     store<W / 2>(to, low_half(x));
