@@ -277,6 +277,8 @@ def sample_pairs(name: str, problem: Problem, config: DataConfig, dropped: Count
     for pair in dict.fromkeys(problem.pairs):
         if pair.right == pair.wrong:
             drop("pairs whose two sides are the same")
+        elif not (pair.right.outputs and pair.wrong.outputs):
+            drop("pairs with a solution that has no output token")
         elif not fits(pair.right, pair.wrong):
             drop("pairs with a solution that does not fit into data.max_length")
         elif length_bin(pair.right) != length_bin(pair.wrong):
@@ -290,7 +292,9 @@ def sample_pairs(name: str, problem: Problem, config: DataConfig, dropped: Count
     for side in (problem.right, problem.wrong):
         bins: dict[int, list[Solution]] = {}
         for solution in sorted(set(side) - both, key=lambda solution: _stable_hash(config.split_seed, solution)):
-            if fits(solution):
+            if not solution.outputs:
+                drop("solutions that have no output token")
+            elif fits(solution):
                 bins.setdefault(length_bin(solution), []).append(solution)
             else:
                 drop("solutions that do not fit into data.max_length")

@@ -464,6 +464,30 @@ def test_everything_left_out_is_counted(write_pairs, tokenizer):
     assert len(data.train) + len(data.validation) == 4 * 2 + 1 + 1
 
 
+def test_solutions_without_an_output_token_are_dropped(write_pairs, tiny_backbone):
+    tokenizer = Backbone(str(tiny_backbone)).tokenizer()
+    tokenizer.eos_token = None
+    real = type(tokenizer).__call__
+
+    class Dropping(type(tokenizer)):
+        """A tokenizer that has nothing for one word."""
+
+        def __call__(self, texts, **kwargs):
+            return real(self, [text.replace("void", "") for text in texts], **kwargs)
+
+    tokenizer.__class__ = Dropping
+    odd = [
+        {"prompt": "w30", "chosen": "void", "rejected": "w1"},
+        {"prompt": "w31", "correct": ["void", "w1"], "incorrect": ["w2"]},
+    ]
+    data = select(write_pairs([*pooled([2], [2]), *odd]), tokenizer)
+    assert data.dropped == {
+        "pairs with a solution that has no output token": 1,
+        "solutions that have no output token": 1,
+        "problems without a pair": 1,
+    }
+
+
 def test_a_prompt_may_lose_its_beginning_and_both_sides_the_same(write_pairs, tokenizer):
     records = [{"prompt": " ".join(WORDS[:i]), "chosen": "w1 w2 w3", "rejected": "w1"} for i in (4, 8, 12, 16)]
     data = select(write_pairs(records), tokenizer, max_length=12, overlong="truncate_prompt", validation_problems=1)
