@@ -161,7 +161,8 @@ def _load_dataset(path: str, subset: str | None, split: str) -> Any:
         else:
             dataset = datasets.load_dataset(path, name=subset, split=split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"data.path = {path} could not be loaded by `datasets`: {error}") from error
+        where = "" if Path(path).exists() else " is no file or folder here, and on the hub"
+        raise UserError(f"data.path = {path}{where} could not be loaded by `datasets`: {error}") from error
     if isinstance(dataset, dict):
         if split not in dataset:
             raise UserError(f"data.split must be one of {sorted(dataset)} for {path}, got {split!r}")

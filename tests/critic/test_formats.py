@@ -103,7 +103,9 @@ def test_a_name_that_is_no_path_is_asked_of_the_hub(monkeypatch):
     assert asked == [("owner/name", "small", "test")]
     assert [row.values for row in rows] == RECORDS
     assert rows[2].where == "owner/name [test], row 3"
-    with pytest.raises(UserError, match=r"owner/gone could not be loaded by `datasets`: it is not on the hub"):
+    with pytest.raises(
+        UserError, match=r"owner/gone is no file or folder here, and on the hub could not be loaded .*: it is not"
+    ):
         Source("owner/gone")
 
 
