@@ -108,6 +108,10 @@ class Alignment {
     step_ = step;
     return *this;
   }
+  template <class T>
+  Alignment& add_optional(const Rows<T>& rows) {
+    return rows.data == nullptr ? *this : add(rows);
+  }
   bool vectorized() const { return vectorized_; }
 
  private:

@@ -5,24 +5,16 @@
 
 namespace lambda_return::cuda {
 
-// Nothing to sum up at the end of a block.
-struct NoReduction {
-  static constexpr bool kReducesToMean = false;
-  template <class Output>
-  __device__ void finish_block(int64_t, int64_t, const Output&) const {}
-};
-
 // returns [B, T] <- G of values [B, T], mask [B, T], terminal_rewards [B].
 template <class scalar_type>
-struct LambdaReturnOp : NoReduction {
+struct LambdaReturnOp : EqualRows<accumulate_t<scalar_type>>, NoReduction {
   using scalar_t = scalar_type;
   using acc_t = accumulate_t<scalar_t>;
   static constexpr bool kRightToLeft = true;
   static constexpr int N = kItems<scalar_t>;
+  using EqualRows<acc_t>::chunking;
+  using EqualRows<acc_t>::discount;
 
-  int64_t B;
-  Chunking chunking;
-  Discount<acc_t> discount;
   Rows<const scalar_t> values;
   Rows<const uint8_t> mask;
   const acc_t* terminal_rewards;
@@ -46,11 +38,13 @@ struct LambdaReturnOp : NoReduction {
   __device__ bool valid(const Items& items, int i) const {
     return items.mask[i] != 0 || (planted(Bug::kMaskIgnoredInVectorPath) && chunking.vectorized);
   }
-  __device__ acc_t step(const Items& items, int i, acc_t h) const { return discount.step(widen(items.values[i]), h); }
-  __device__ void visit(const Items& items, int i, acc_t h, Output& output) const {
+  __device__ acc_t step(int64_t, const Items& items, int i, acc_t h) const {
+    return discount.step(widen(items.values[i]), h);
+  }
+  __device__ void visit(int64_t, const Items& items, int i, acc_t h, Output& output) const {
     output.returns[i] = narrow<scalar_t>(valid(items, i) ? h : acc_t(0));
   }
-  __device__ void finish_chunk(int64_t row, int64_t first, Output& output) const {
+  __device__ void finish_chunk(int64_t row, int64_t first, const Items&, Output& output) const {
     store_items(returns[row], first, chunking, output.returns);
   }
   __device__ void finish_row(int64_t, acc_t) const {}
@@ -58,15 +52,14 @@ struct LambdaReturnOp : NoReduction {
 
 // grad_values [B, T], grad_terminal_rewards [B] <- the adjoint at grad_returns [B, T], mask [B, T].
 template <class scalar_type>
-struct LambdaReturnBackwardOp : NoReduction {
+struct LambdaReturnBackwardOp : EqualRows<accumulate_t<scalar_type>>, NoReduction {
   using scalar_t = scalar_type;
   using acc_t = accumulate_t<scalar_t>;
   static constexpr bool kRightToLeft = false;
   static constexpr int N = kItems<scalar_t>;
+  using EqualRows<acc_t>::chunking;
+  using EqualRows<acc_t>::discount;
 
-  int64_t B;
-  Chunking chunking;
-  Discount<acc_t> discount;
   Rows<const scalar_t> grad_returns;
   Rows<const uint8_t> mask;
   Rows<scalar_t> grad_values;
@@ -87,13 +80,13 @@ struct LambdaReturnBackwardOp : NoReduction {
     load_items(grad_returns[row], first, chunking, narrow<scalar_t>(0), items.grad_returns);
   }
   __device__ bool valid(const Items& items, int i) const { return items.mask[i] != 0; }
-  __device__ acc_t step(const Items& items, int i, acc_t h) const {
+  __device__ acc_t step(int64_t, const Items& items, int i, acc_t h) const {
     return discount.adjoint_step(widen(items.grad_returns[i]), h);
   }
-  __device__ void visit(const Items& items, int i, acc_t h, Output& output) const {
+  __device__ void visit(int64_t, const Items& items, int i, acc_t h, Output& output) const {
     output.grad_values[i] = narrow<scalar_t>(valid(items, i) ? discount.weighted_value(h) : acc_t(0));
   }
-  __device__ void finish_chunk(int64_t row, int64_t first, Output& output) const {
+  __device__ void finish_chunk(int64_t row, int64_t first, const Items&, Output& output) const {
     store_items(grad_values[row], first, chunking, output.grad_values);
   }
   __device__ void finish_row(int64_t row, acc_t h) const { grad_terminal_rewards[row] = h; }
@@ -109,7 +102,7 @@ void launch_lambda_return(
   constexpr int N = kItems<scalar_t>;
   const bool vectorized = Alignment<N>(B).add(values).add(mask).add(returns).vectorized();
   const auto discount = Discount<accumulate_t<scalar_t>>::from(gamma, lam);
-  const LambdaReturnOp<scalar_t> op{{}, B, {T, vectorized}, discount, values, mask, terminal_rewards, returns};
+  const LambdaReturnOp<scalar_t> op{{B, {T, vectorized}, discount}, {}, values, mask, terminal_rewards, returns};
   launch_scan(op, plan, workspace, stream);
 }
 
@@ -121,8 +114,8 @@ void launch_lambda_return_backward(
   constexpr int N = kItems<scalar_t>;
   const bool vectorized = Alignment<N>(B).add(grad_returns).add(mask).add(grad_values).vectorized();
   const auto discount = Discount<accumulate_t<scalar_t>>::from(gamma, lam);
-  const LambdaReturnBackwardOp<scalar_t> op{{},           B,    {T, vectorized}, discount,
-                                            grad_returns, mask, grad_values,     grad_terminal_rewards};
+  const LambdaReturnBackwardOp<scalar_t> op{{B, {T, vectorized}, discount}, {}, grad_returns, mask, grad_values,
+                                            grad_terminal_rewards};
   launch_scan(op, plan, workspace, stream);
 }
 

@@ -8,15 +8,14 @@ namespace lambda_return::cuda {
 
 // The part that forward and backward share: both scan for G, and both know which tokens count.
 template <class scalar_type>
-struct ValueLossScan {
+struct ValueLossScan : EqualRows<accumulate_t<scalar_type>> {
   using scalar_t = scalar_type;
   using acc_t = accumulate_t<scalar_t>;
   static constexpr bool kRightToLeft = true;
   static constexpr int N = kItems<scalar_t>;
+  using EqualRows<acc_t>::chunking;
+  using EqualRows<acc_t>::discount;
 
-  int64_t B;
-  Chunking chunking;
-  Discount<acc_t> discount;
   Rows<const scalar_t> values;         // [B, T]
   const acc_t* terminal_rewards;       // [B]
   Rows<const uint8_t> attention_mask;  // [B, T]
@@ -41,7 +40,9 @@ struct ValueLossScan {
     }
   }
   __device__ bool valid(const Items& items, int i) const { return items.loss_mask[i] != 0; }
-  __device__ acc_t step(const Items& items, int i, acc_t h) const { return discount.step(widen(items.values[i]), h); }
+  __device__ acc_t step(int64_t, const Items& items, int i, acc_t h) const {
+    return discount.step(widen(items.values[i]), h);
+  }
   __device__ bool counts(const Items& items, int i) const { return valid(items, i) && items.attention_mask[i] != 0; }
   __device__ acc_t error(const Items& items, int i, acc_t h) const { return widen(items.values[i]) - h; }
   __device__ void finish_row(int64_t, acc_t) const {}
@@ -49,11 +50,11 @@ struct ValueLossScan {
 
 // loss, num_tokens <- mean squared error and its token count.
 template <class scalar_type>
-struct ValueLossOp : ValueLossScan<scalar_type> {
+struct ValueLossOp : ValueLossScan<scalar_type>, NoRowSums {
   using Base = ValueLossScan<scalar_type>;
   using typename Base::acc_t;
   using typename Base::Items;
-  static constexpr bool kReducesToMean = true;
+  static constexpr bool kReduces = true;
 
   MeanReduction<acc_t, kThreads> mean;
 
@@ -64,20 +65,20 @@ struct ValueLossOp : ValueLossScan<scalar_type> {
     SquaredError error;
   };
 
-  __device__ void visit(const Items& items, int i, acc_t h, Output& output) const {
+  __device__ void visit(int64_t, const Items& items, int i, acc_t h, Output& output) const {
     if (this->counts(items, i)) {
       const acc_t error = this->error(items, i, h);
       output.chunk_sum += error * error;
       ++output.chunk_tokens;
     }
   }
-  __device__ void finish_chunk(int64_t, int64_t, Output& output) const {
+  __device__ void finish_chunk(int64_t, int64_t, const Items&, Output& output) const {
     output.error.sum += static_cast<double>(output.chunk_sum);
     output.error.num_tokens += output.chunk_tokens;
     output.chunk_sum = 0;
     output.chunk_tokens = 0;
   }
-  __device__ void finish_block(int64_t index, int64_t, const Output& output) const { mean.finish(index, output.error); }
+  __device__ void finish_block(int64_t index, const Output& output) const { mean.finish(index, output.error); }
 };
 
 // grad_values [B, T] <- grad_loss * 2 m (V - G) / num_tokens.
@@ -95,11 +96,11 @@ struct ValueLossBackwardOp : ValueLossScan<scalar_type>, NoReduction {
     scalar_type grad_values[Base::N];
   };
 
-  __device__ void visit(const Items& items, int i, acc_t h, Output& output) const {
+  __device__ void visit(int64_t, const Items& items, int i, acc_t h, Output& output) const {
     const acc_t scale = mean_squared_error_scale(*grad_loss, *num_tokens);
     output.grad_values[i] = narrow<scalar_type>(this->counts(items, i) ? scale * this->error(items, i, h) : acc_t(0));
   }
-  __device__ void finish_chunk(int64_t row, int64_t first, Output& output) const {
+  __device__ void finish_chunk(int64_t row, int64_t first, const Items&, Output& output) const {
     store_items(grad_values[row], first, this->chunking, output.grad_values);
   }
 };
@@ -120,9 +121,13 @@ struct ValueLossInputs {
   ValueLossScan<scalar_t> scan(bool vectorized) const {
     const bool one_mask =
         attention_mask.data == loss_mask.data && (B == 1 || attention_mask.stride == loss_mask.stride);
-    return {B,         {T, vectorized},  Discount<accumulate_t<scalar_t>>::from(gamma, lam),
-            values,    terminal_rewards, attention_mask,
-            loss_mask, one_mask};
+    return {
+        {B, {T, vectorized}, Discount<accumulate_t<scalar_t>>::from(gamma, lam)},
+        values,
+        terminal_rewards,
+        attention_mask,
+        loss_mask,
+        one_mask};
   }
 };
 
@@ -140,7 +145,7 @@ void launch_lambda_value_loss(
   const int64_t scan_bytes = (plan.workspace_bytes<accumulate_t<scalar_t>>() + 15) / 16 * 16;
   auto* partials = reinterpret_cast<SquaredError*>(static_cast<char*>(workspace) + scan_bytes);
   const ValueLossOp<scalar_t> op{
-      in.scan(in.alignment().vectorized()), {static_cast<unsigned*>(workspace), partials, loss, num_tokens}};
+      in.scan(in.alignment().vectorized()), {}, {static_cast<unsigned*>(workspace), partials, loss, num_tokens}};
   launch_scan(op, plan, workspace, stream);
 }
 

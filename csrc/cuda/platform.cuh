@@ -76,6 +76,15 @@ __device__ __forceinline__ void store_packet(uint4* p, uint4 packet) {
 #endif
 }
 
+// x, as a value that the compiler knows nothing of: what is computed from it inside a loop is not kept in registers
+// across the loop instead.
+__device__ __forceinline__ int64_t computed_anew(int64_t x) {
+#if defined(__CUDACC__)
+  asm volatile("" : "+l"(x));
+#endif
+  return x;
+}
+
 // Clears the head of a workspace on the stream: a memset node under graph capture.
 inline void clear_async(void* workspace, int64_t bytes, cudaStream_t stream) {
   if (planted(Bug::kFlagsNotCleared)) return;

@@ -65,6 +65,12 @@ Rows<const T> device_rows(const Tensor& x) {
   return {static_cast<const T*>(x.const_data_ptr()), x.stride(0)};
 }
 
+// An absent tensor gives null rows.
+template <class T>
+Rows<const T> device_rows_or_null(const Tensor& x) {
+  return x.defined() ? device_rows<T>(x) : Rows<const T>{};
+}
+
 template <class T>
 Rows<T> mutable_device_rows(const Tensor& x) {
   return {static_cast<T*>(x.mutable_data_ptr()), x.stride(0)};

@@ -6,8 +6,10 @@
 // are new, and full of NaN before the launch, as workspaces are of garbage.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdlib>
+#include <new>
 #include <optional>
 #include <string>
 #include <vector>
@@ -15,6 +17,7 @@
 #include "cuda/eos_mask.cuh"
 #include "cuda/lambda_value_loss.cuh"
 #include "cuda/masked_mse.cuh"
+#include "cuda/td_lambda_loss.cuh"
 
 namespace py = pybind11;
 
@@ -26,15 +29,22 @@ namespace {
 template <class scalar_t>
 inline constexpr char kTypeCode = py::format_descriptor<scalar_t>::c;
 template <>
+inline constexpr char kTypeCode<int64_t> = 'l';  // as NumPy on Linux says
+template <>
 inline constexpr char kTypeCode<__half> = 'e';
 template <>
 inline constexpr char kTypeCode<__nv_bfloat16> = 'H';
 
+// Aligned as torch's allocator at least does: where 16-byte accesses begin depends on it.
 template <class Element>
 py::array new_array(std::vector<py::ssize_t> shape) {
-  py::array array(py::dtype(std::string(1, kTypeCode<Element>)), std::move(shape));
-  memset(array.mutable_data(), 0xff, static_cast<size_t>(array.nbytes()));  // NaN
-  return array;
+  size_t bytes = sizeof(Element);
+  for (py::ssize_t size : shape) bytes *= static_cast<size_t>(size);
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 64, bytes) != 0) throw std::bad_alloc();
+  memset(memory, 0xff, bytes);  // NaN
+  const py::capsule owner(memory, [](void* p) { std::free(p); });
+  return py::array(py::dtype(std::string(1, kTypeCode<Element>)), std::move(shape), memory, owner);
 }
 
 void require(bool ok, const char* what) {
@@ -210,6 +220,185 @@ py::object masked_mse_backward(
       });
 }
 
+// ---- the general operators: packed matrices are [1, total], and what may be absent is None ----
+
+using Optional = std::optional<py::array>;
+
+template <class Element>
+Rows<const Element> optional_rows(const Optional& array) {
+  return array ? rows<Element>(*array) : Rows<const Element>{nullptr, 0};
+}
+
+// What says where the sequences of the other arrays are, and their discounts.
+struct Shape {
+  Optional cu_seqlens;   // int64 [B + 1]
+  py::array gamma, lam;  // float64, 0-dim or [B]
+
+  Sequences sequences(const py::array& tokens) const {
+    if (!cu_seqlens) return {tokens.shape(0), tokens.shape(1), nullptr};
+    return {cu_seqlens->shape(0) - 1, tokens.shape(1), vector<int64_t>(*cu_seqlens)};
+  }
+  DiscountRows discounts() const { return discounts(lam); }
+  DiscountRows discounts(const py::array& other_lam) const {
+    return {vector<double>(gamma), vector<double>(other_lam), gamma.ndim() == 0 ? 0 : 1, other_lam.ndim() == 0 ? 0 : 1};
+  }
+};
+
+template <class scalar_t>
+TdLambdaInputs<scalar_t> general_inputs(
+    const Shape& shape, const py::array& tokens, const Optional& terminal_rewards, const Optional& mask,
+    const Optional& rewards) {
+  using acc_t = accumulate_t<scalar_t>;
+  return {
+      shape.sequences(tokens), rows<scalar_t>(tokens), terminal_rewards ? vector<acc_t>(*terminal_rewards) : nullptr,
+      optional_rows<uint8_t>(mask), optional_rows<acc_t>(rewards)};
+}
+
+template <class Element>
+py::array new_like(const py::array& tokens) {
+  return new_array<Element>({tokens.shape(0), tokens.shape(1)});
+}
+
+py::object td_lambda(
+    const py::array& values, const py::array& terminal_rewards, const Optional& mask, const Optional& rewards,
+    const Optional& cu_seqlens, const py::array& gamma, const py::array& lam, bool advantages) {
+  return dispatch(values, [&](auto* type) {
+    using scalar_t = SCALAR(type);
+    const Shape shape{cu_seqlens, gamma, lam};
+    const auto in = general_inputs<scalar_t>(shape, values, terminal_rewards, mask, rewards);
+    const ScanPlan plan = in.plan(1);
+    py::array returns = new_like<scalar_t>(values);
+    launch_td_lambda<scalar_t>(
+        in, {shape.discounts(), advantages, output_rows<scalar_t>(returns)}, plan,
+        workspace(plan.workspace_bytes<accumulate_t<scalar_t>>()).data(), nullptr);
+    return returns;
+  });
+}
+
+py::object td_lambda_pair(
+    const py::array& values, const py::array& terminal_rewards, const Optional& mask, const Optional& rewards,
+    const Optional& cu_seqlens, const py::array& gamma, const py::array& lam_returns, const py::array& lam_advantages) {
+  return dispatch(values, [&](auto* type) {
+    using scalar_t = SCALAR(type);
+    const Shape shape{cu_seqlens, gamma, lam_returns};
+    const auto in = general_inputs<scalar_t>(shape, values, terminal_rewards, mask, rewards);
+    const ScanPlan plan = in.plan(2);
+    py::array returns = new_like<scalar_t>(values), advantages = new_like<scalar_t>(values);
+    launch_td_lambda_pair<scalar_t>(
+        in, {shape.discounts(), false, output_rows<scalar_t>(returns)},
+        {shape.discounts(lam_advantages), true, output_rows<scalar_t>(advantages)}, plan,
+        workspace(plan.workspace_bytes<accumulate_t<scalar_t>>()).data(), nullptr);
+    return py::make_tuple(returns, advantages);
+  });
+}
+
+py::object td_lambda_map(
+    const py::array& values, const Optional& mask, const Optional& rewards, const Optional& cu_seqlens,
+    const py::array& gamma, const py::array& lam) {
+  return dispatch(values, [&](auto* type) {
+    using scalar_t = SCALAR(type);
+    using acc_t = accumulate_t<scalar_t>;
+    const Shape shape{cu_seqlens, gamma, lam};
+    const auto in = general_inputs<scalar_t>(shape, values, std::nullopt, mask, rewards);
+    const ScanPlan plan = in.plan(2);
+    py::array maps = new_array<acc_t>({in.sequences.B, 2});
+    launch_td_lambda_map<scalar_t>(
+        in, shape.discounts(), static_cast<acc_t*>(maps.mutable_data()), plan,
+        workspace(plan.workspace_bytes<acc_t>()).data(), nullptr);
+    return maps;
+  });
+}
+
+// Returns (grad_values, grad_terminal_rewards, grad_rewards); the last is empty without with_rewards.
+py::object td_lambda_backward(
+    const py::array& grad_returns, const Optional& mask, const Optional& cu_seqlens, const py::array& gamma,
+    const py::array& lam, bool with_rewards) {
+  return dispatch(grad_returns, [&](auto* type) {
+    using scalar_t = SCALAR(type);
+    using acc_t = accumulate_t<scalar_t>;
+    const Shape shape{cu_seqlens, gamma, lam};
+    const auto in = general_inputs<scalar_t>(shape, grad_returns, std::nullopt, mask, std::nullopt);
+    const ScanPlan plan = in.plan(1);
+    py::array grad_values = new_like<scalar_t>(grad_returns), grad_terminal = new_array<acc_t>({in.sequences.B});
+    py::array grad_rewards = with_rewards ? new_like<acc_t>(grad_returns) : new_array<acc_t>({0, 0});
+    launch_td_lambda_backward<scalar_t>(
+        in, shape.discounts(), output_rows<scalar_t>(grad_values), static_cast<acc_t*>(grad_terminal.mutable_data()),
+        with_rewards ? output_rows<acc_t>(grad_rewards) : Rows<acc_t>{}, plan,
+        workspace(plan.workspace_bytes<acc_t>()).data(), nullptr);
+    return py::make_tuple(grad_values, grad_terminal, grad_rewards);
+  });
+}
+
+// What a loss is called with besides the arrays.
+struct LossOptions {
+  int kind;
+  double delta, clip_range;
+  int reduction;
+};
+
+template <class scalar_t>
+TdLambdaLossInputs<scalar_t> loss_inputs(
+    const Shape& shape, const py::array& values, const py::array& terminal_rewards, const Optional& mask,
+    const Optional& attention_mask, const Optional& rewards, const Optional& old_values, const LossOptions& options) {
+  using acc_t = accumulate_t<scalar_t>;
+  return {
+      general_inputs<scalar_t>(shape, values, terminal_rewards, mask, rewards),
+      optional_rows<uint8_t>(attention_mask),
+      optional_rows<scalar_t>(old_values),
+      shape.discounts(),
+      {static_cast<LossKind>(options.kind), static_cast<acc_t>(options.delta), static_cast<acc_t>(options.clip_range)},
+      static_cast<Reduction>(options.reduction)};
+}
+
+// Returns (loss, scale, statistics).
+py::object td_lambda_loss(
+    const py::array& values, const py::array& terminal_rewards, const Optional& mask, const Optional& attention_mask,
+    const Optional& rewards, const Optional& old_values, const Optional& cu_seqlens, const py::array& gamma,
+    const py::array& lam, std::optional<double> normalizer, int kind, double delta, double clip_range, int reduction) {
+  return dispatch(values, [&](auto* type) {
+    using scalar_t = SCALAR(type);
+    using acc_t = accumulate_t<scalar_t>;
+    const auto in = loss_inputs<scalar_t>(
+        {cu_seqlens, gamma, lam}, values, terminal_rewards, mask, attention_mask, rewards, old_values,
+        {kind, delta, clip_range, reduction});
+    const ScanPlan plan = in.plan(1);
+    const bool reduces = in.reduction != Reduction::kNone;
+    const auto divisor = static_cast<acc_t>(normalizer.value_or(0));
+    py::array loss = reduces ? new_array<acc_t>({}) : new_like<acc_t>(values);
+    py::array scale = new_array<acc_t>({in.sequences.B}), statistics = new_array<double>({TokenSums::kStatistics});
+    launch_td_lambda_loss<scalar_t>(
+        in, normalizer ? &divisor : nullptr,
+        {reduces ? static_cast<acc_t*>(loss.mutable_data()) : nullptr,
+         reduces ? Rows<acc_t>{} : output_rows<acc_t>(loss), static_cast<acc_t*>(scale.mutable_data()),
+         static_cast<double*>(statistics.mutable_data())},
+        plan, workspace(td_lambda_loss_workspace_bytes<scalar_t>(in, plan)).data(), nullptr);
+    return py::make_tuple(loss, scale, statistics);
+  });
+}
+
+// grad_loss: 0-dim, or of each token.
+py::object td_lambda_loss_backward(
+    const py::array& grad_loss, const py::array& scale, const py::array& values, const py::array& terminal_rewards,
+    const Optional& mask, const Optional& attention_mask, const Optional& rewards, const Optional& old_values,
+    const Optional& cu_seqlens, const py::array& gamma, const py::array& lam, int kind, double delta,
+    double clip_range) {
+  return dispatch(values, [&](auto* type) {
+    using scalar_t = SCALAR(type);
+    using acc_t = accumulate_t<scalar_t>;
+    const auto in = loss_inputs<scalar_t>(
+        {cu_seqlens, gamma, lam}, values, terminal_rewards, mask, attention_mask, rewards, old_values,
+        {kind, delta, clip_range, 0});
+    const ScanPlan plan = in.plan(1);
+    const bool reduces = grad_loss.ndim() == 0;
+    py::array grad_values = new_like<scalar_t>(values);
+    launch_td_lambda_loss_backward<scalar_t>(
+        in, reduces ? vector<acc_t>(grad_loss) : nullptr, reduces ? Rows<const acc_t>{} : rows<acc_t>(grad_loss),
+        vector<acc_t>(scale), output_rows<scalar_t>(grad_values), plan, workspace(plan.workspace_bytes<acc_t>()).data(),
+        nullptr);
+    return grad_values;
+  });
+}
+
 // mask: uint8 [B, T].
 py::array eos_mask(const py::array& mask) {
   const Rows<const uint8_t> in = rows<uint8_t>(mask);
@@ -231,11 +420,16 @@ void use_schedule(const std::string& order, unsigned seed, int resident_blocks) 
   cuda_emulator::schedule.resident_blocks = resident_blocks;
 }
 
-// The kernel that the shape asks for, as (name, blocks, segments of a row, tiles of a segment).
-py::tuple plan(int64_t B, int64_t T, int items) {
+// (name, blocks, segments of a row, tiles of a segment)
+py::tuple described(const ScanPlan& plan) {
   constexpr const char* kNames[] = {"warp per row", "block per row", "long rows"};
-  const ScanPlan plan = ScanPlan::of(B, T, items);
   return py::make_tuple(kNames[plan.kind], plan.blocks, plan.segments, plan.tiles);
+}
+
+// The kernel that the shape asks for.
+py::tuple plan(int64_t B, int64_t T, int items) { return described(ScanPlan::of(B, T, items)); }
+py::tuple packed_plan(int64_t B, int64_t total, int64_t outputs, int items) {
+  return described(ScanPlan::of_packed(B, total, outputs, items));
 }
 
 // Tokens that a thread holds at a time.
@@ -259,6 +453,13 @@ PYBIND11_MODULE(emulated_kernels, module) {
   module.def("masked_mse", masked_mse);
   module.def("masked_mse_backward", masked_mse_backward);
   module.def("eos_mask", eos_mask);
+  module.def("packed_plan", packed_plan);
+  module.def("td_lambda", td_lambda);
+  module.def("td_lambda_pair", td_lambda_pair);
+  module.def("td_lambda_map", td_lambda_map);
+  module.def("td_lambda_backward", td_lambda_backward);
+  module.def("td_lambda_loss", td_lambda_loss);
+  module.def("td_lambda_loss_backward", td_lambda_loss_backward);
 }
 
 }  // namespace lambda_return::cuda::testing

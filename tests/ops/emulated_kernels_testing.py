@@ -49,8 +49,14 @@ class Matrix(NamedTuple):
 
     def array(self) -> np.ndarray:
         item = self.memory.itemsize
-        assert self.memory.ctypes.data % 16 == 0
         return np.lib.stride_tricks.as_strided(self.memory[self.offset :], self.shape, (self.stride * item, item))
+
+    def aligned(self) -> "Matrix":
+        """Return it in memory that begins as torch's does, which where 16-byte accesses begin depends on."""
+        memory = np.empty(self.memory.nbytes + 64, dtype=np.uint8)
+        memory = memory[-memory.ctypes.data % 64 :][: self.memory.nbytes].view(self.memory.dtype)
+        memory[:] = self.memory
+        return self._replace(memory=memory)
 
 
 def to_numpy(x: Tensor) -> np.ndarray:
@@ -86,7 +92,7 @@ def _call(folder: str, name: str, arguments: tuple[Any, ...]) -> Any:
     attribute = getattr(importlib.import_module("emulated_kernels"), name)
     if not callable(attribute):
         return attribute
-    return attribute(*(x.array() if isinstance(x, Matrix) else x for x in arguments))
+    return attribute(*(x.aligned().array() if isinstance(x, Matrix) else x for x in arguments))
 
 
 class EmulatedKernels:
