@@ -76,11 +76,23 @@ __device__ __forceinline__ void store_packet(uint4* p, uint4 packet) {
 #endif
 }
 
-// x, as a value that the compiler knows nothing of: what is computed from it inside a loop is not kept in registers
-// across the loop instead.
+// x, as a value that the compiler knows nothing of: what is computed from it is not kept in registers from before, or
+// across the loop, instead.
 __device__ __forceinline__ int64_t computed_anew(int64_t x) {
 #if defined(__CUDACC__)
   asm volatile("" : "+l"(x));
+#endif
+  return x;
+}
+__device__ __forceinline__ float computed_anew(float x) {
+#if defined(__CUDACC__)
+  asm volatile("" : "+f"(x));
+#endif
+  return x;
+}
+__device__ __forceinline__ double computed_anew(double x) {
+#if defined(__CUDACC__)
+  asm volatile("" : "+d"(x));
 #endif
   return x;
 }

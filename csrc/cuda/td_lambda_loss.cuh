@@ -38,7 +38,6 @@ struct TdLambdaLossScan : SequenceScan<scalar_type> {
   using typename Base::Row;
   static constexpr bool kRightToLeft = true;
   static constexpr int N = Base::N;
-  // float64 is for checking, and would spill with half of the threads of an SM.
   static constexpr int kBlocksPerSm = sizeof(scalar_type) == 8 ? 2 : 4;
 
   DiscountRows discounts;
@@ -111,9 +110,12 @@ struct TdLambdaLossScan : SequenceScan<scalar_type> {
         load_items(tokens, first + begin, this->row_chunking(row), narrow<scalar_type>(0), old);
       }
       use(begin, [&](int i) -> TokenLossResult<acc_t> {
-        const acc_t g = output.targets[begin + i], v = value(items, begin + i);
-        if (kFamily == LossFamily::kCrossEntropy) return token_loss(widen(items.values[begin + i]), v, g);
-        return old_values.data == nullptr ? token_loss.of_error(v - g) : token_loss.clipped(v, widen(old[i]), g);
+        const acc_t x = widen(items.values[begin + i]), g = output.targets[begin + i];
+        if (kFamily == LossFamily::kCrossEntropy) {
+          const acc_t logit = computed_anew(x);  // the sigmoids of the scan would take a register a token
+          return token_loss(logit, token_loss.value(logit), g);
+        }
+        return old_values.data == nullptr ? token_loss.of_error(x - g) : token_loss.clipped(x, widen(old[i]), g);
       });
     }
   }

@@ -101,6 +101,100 @@ def test_every_launch_plan(dtype, shape):
     assert_like_cpu(make_batch("gaps", *shape, dtype))
 
 
+# ---- the general operators: packed sequences, rewards, a discount a row, every loss ----
+
+
+def general_outputs(
+    lengths: tuple[int, ...], packed: bool, dtype: torch.dtype, device: str, kind: int = 1, reduction: int = 1
+) -> dict[str, torch.Tensor]:
+    """Every output of every general operator on sequences of these lengths, all of one length unless packed."""
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    shape = (1, sum(lengths)) if packed else (len(lengths), lengths[0])
+    batch = make_batch("gaps", *shape, torch.bfloat16)
+    narrow = [make_grad(batch, seed) for seed in range(4)]  # exact in every dtype but float16, which has the range
+    flat = [x.view(-1) if packed else x for x in (*narrow, batch.loss_mask, batch.attention_mask)]
+    values, old, grad, rewards = (x.to(device, dtype) for x in flat[:4])
+    mask, attention_mask = (x.to(device) for x in flat[4:])
+    terminal = (torch.arange(len(lengths)) % 5 / 8).to(device, acc)
+    starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    cu_seqlens = starts.to(device) if packed else None
+    gamma = (1 - torch.arange(len(lengths), dtype=torch.float64) % 7 / 500).to(device)
+    lam, other_lam = (torch.tensor(x, dtype=torch.float64, device=device) for x in (0.95, 0.5))
+    rewards = rewards.to(acc) / 16
+
+    scan = (values, terminal, mask, rewards, cu_seqlens, gamma)
+    loss_inputs = (values, terminal, mask, attention_mask, rewards, old if kind < 3 else None, cu_seqlens, gamma, lam)
+    options = {"kind": kind, "delta": 0.75, "clip_range": 0.25, "reduction": reduction}
+    pair = ops.td_lambda_pair(*scan, lam, other_lam)
+    adjoint = ops.td_lambda_backward(grad, mask, cu_seqlens, gamma, lam, True)
+    loss, scale, statistics = ops.td_lambda_loss(*loss_inputs, None, **options)
+    return {
+        "returns": ops.td_lambda(*scan, lam),
+        "advantages": ops.td_lambda(*scan, lam, True),
+        "pair returns": pair[0],
+        "pair advantages": pair[1],
+        "map": ops.td_lambda_map(values, mask, rewards, cu_seqlens, gamma, lam),
+        "grad_values": adjoint[0],
+        "grad_terminal_rewards": adjoint[1],
+        "grad_rewards": adjoint[2],
+        "loss": loss,
+        "scale": scale,
+        "statistics": statistics,
+        "loss gradient": ops.td_lambda_loss_backward(torch.ones_like(loss), scale, *loss_inputs, **options),
+    }
+
+
+def assert_general_like_cpu(
+    lengths: tuple[int, ...], packed: bool, dtype: torch.dtype, kind: int = 1, reduction: int = 1
+) -> None:
+    exact = general_outputs(lengths, packed, torch.float64, "cpu", kind, reduction)
+    for name, actual in general_outputs(lengths, packed, dtype, "cuda", kind, reduction).items():
+        assert actual.is_cuda
+        error = (actual.cpu().double() - exact[name]).abs()
+        largest = exact[name].abs().max().clamp(min=1.0)
+        assert (error <= TOLERANCE[dtype] * largest).all(), (name, error.max())
+
+
+GENERAL_SHAPES = {
+    "rows": ((300,) * 5, False),
+    "long rows": ((9001,) * 2, False),
+    "packed": ((5, 0, 17, 1, 0, 300, 8, 0), True),
+    "long packed": ((0, 90_001, 1, 0, 5000, 2048, 2047, 2049, 0), True),
+    "many packed": ((3, 0, 11, 1200) * 300, True),
+}
+
+
+@pytest.mark.parametrize("shape", GENERAL_SHAPES)
+@pytest.mark.parametrize("dtype", VALUE_DTYPES, ids=str)
+def test_general_shapes(dtype, shape):
+    assert_general_like_cpu(*GENERAL_SHAPES[shape], dtype)
+
+
+@pytest.mark.parametrize("reduction", range(4))
+@pytest.mark.parametrize("kind", [0, 1, 2, 4])
+def test_general_losses(kind, reduction):
+    for shape in ("rows", "long packed"):
+        assert_general_like_cpu(*GENERAL_SHAPES[shape], torch.float32, kind, reduction)
+
+
+@pytest.mark.parametrize("shape", GENERAL_SHAPES)
+def test_general_same_bits_from_run_to_run(shape):
+    first = general_outputs(*GENERAL_SHAPES[shape], torch.float32, "cuda")
+    for _ in range(10):
+        again = general_outputs(*GENERAL_SHAPES[shape], torch.float32, "cuda")
+        assert all(torch.equal(x, first[name]) for name, x in again.items())
+
+
+@pytest.mark.parametrize("starts", [[9, 0, 9, 0], [0, 5000, 0, 5000], [-(2**62), 2**62, 3, -1]])
+def test_offsets_out_of_order_stay_inside(starts):
+    values, terminal = torch.ones(5000, device="cuda"), torch.ones(3, device="cuda")
+    gamma = torch.tensor(0.9, dtype=torch.float64, device="cuda")
+    cu_seqlens = torch.tensor(starts, device="cuda")
+    ops.td_lambda(values, terminal, None, None, cu_seqlens, gamma, gamma)
+    ops.td_lambda_loss(values, terminal, None, None, None, None, cu_seqlens, gamma, gamma, None, reduction=1)
+    torch.cuda.synchronize()
+
+
 @pytest.mark.parametrize("mask_dtype", MASK_DTYPES, ids=str)
 def test_every_mask_dtype(mask_dtype):
     batch = make_batch("gaps", 3, 700, torch.float32)
