@@ -21,8 +21,10 @@ REDUCTIONS = ("token_mean", "sequence_mean", "sum", "none")
 
 # ---- calls -------------------------------------------------------------------------------------------------------
 
-# The same formulas as plain autograd functions, by operator.
+# The same formulas as plain autograd functions, by operator: for eager code, and for the transforms of torch.func,
+# whose way of setting up the context costs an eager call half as much again.
 _functions: dict[Any, type[Function]] = {}
+_transformable: dict[Any, type[Function]] = {}
 
 
 def _register_autograd(
@@ -40,12 +42,21 @@ def _register_autograd(
         setup_context(ctx, inputs, output)
         if constants:
             ctx.mark_non_differentiable(*output[-constants:])
+            ctx.set_materialize_grads(False)
+
+    def forward_and_setup(ctx: Any, *inputs: Any) -> Any:
+        output = forward(*inputs)
+        setup(ctx, inputs, output)
+        return output
 
     def vmap(info: Any, in_dims: tuple, *inputs: Any) -> Any:
         return _batched(operator, info, in_dims, *inputs)
 
-    methods = {"forward": forward, "setup_context": setup, "backward": backward, "vmap": vmap}
-    _functions[operator] = type(name, (Function,), {key: staticmethod(method) for key, method in methods.items()})
+    def function(**methods: Callable[..., Any]) -> type[Function]:
+        return type(name, (Function,), {key: staticmethod(method) for key, method in methods.items()})
+
+    _functions[operator] = function(forward=forward_and_setup, backward=backward)
+    _transformable[operator] = function(forward=forward, setup_context=setup, backward=backward, vmap=vmap)
 
 
 def call(operator: Any, *args: Any) -> Any:
@@ -60,7 +71,7 @@ def call(operator: Any, *args: Any) -> Any:
         transform = torch._C._functorch.peek_interpreter_stack()
         if transform.key() == torch._C._functorch.TransformType.Functionalize:
             return operator(*args)
-        return _functions[operator].apply(*args)
+        return _transformable[operator].apply(*args)
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
         return _functions[operator].apply(*args)
     with torch._C._AutoDispatchBelowAutograd():
