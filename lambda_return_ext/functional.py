@@ -158,7 +158,7 @@ def lambda_return_varlen(
         values: V, [total] or [total, 1]; float32, bfloat16, float16 or float64.
         terminal_rewards: R, [B], any real dtype.
         cu_seqlens: [B + 1], int32 or int64, from 0 to total without falling. Checked on the CPU; on a device, which is
-            not waited for, no content can lead out of bounds, and what lies in no sequence is left undefined.
+            not waited for, no content can lead out of bounds.
         loss_mask: [total], any real dtype, nonzero = valid; None: every token is.
         gamma: discount per valid token, in [0, 1]; a float, or a 0-dim or [B] floating tensor.
         lam: lambda, likewise.
