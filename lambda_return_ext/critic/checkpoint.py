@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lambda_return_ext.critic.config import Config, load_config
+from lambda_return_ext.critic.distributed import Ranks, shard_like, whole
 from lambda_return_ext.critic.errors import UserError
 from lambda_return_ext.critic.model import ValueModel
 
@@ -33,8 +34,15 @@ CHECKPOINTS = "checkpoints"
 RUN_FILES = (CONFIG, DATA, METRICS, RESULTS, CURVES, TENSORBOARD, TRACKING, NONFINITE, BEST, CHECKPOINTS)
 INSPECT = "inspect.html"  # written when asked for; a new run leaves it alone
 
-# What may differ when a run goes on: it changes no number, or only what happens from then on and is said so.
-MAY_CHANGE = ("training.save_every", "training.save_total_limit", "training.nonfinite", "evaluation.baselines")
+# What may differ when a run goes on: it changes no number but for rounding.
+MAY_CHANGE = (
+    "training.save_every",
+    "training.save_total_limit",
+    "training.nonfinite",
+    "training.micro_batch_size",
+    "training.strategy",
+    "evaluation.baselines",
+)
 
 # A tracker that cannot reach its server raises OSErrors too, which have other numbers.
 WRITE_ERRORS = (
@@ -172,8 +180,7 @@ def check_same_data(run_dir: Path, data: Mapping[str, Any]) -> None:
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
     """Write tensors and, as JSON in the same file's header, the rest: one file, so the two cannot disagree."""
     with atomic_path(path) as temporary:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(tensors, temporary, metadata={"state": json.dumps(state)})
+        save_file(dict(tensors), temporary, metadata={"state": json.dumps(state)})
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -191,11 +198,16 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def load_model(model: ValueModel, tensors: Mapping[str, Tensor]) -> None:
-    """Put the tensors of a checkpoint back into the model; all that it saves must be there."""
+    """Put the tensors of a checkpoint back into the model, sharded or not; all that it saves must be there."""
     wanted = model.saved_tensors()
     if wanted.keys() != tensors.keys():
         raise UserError(f"the checkpoint must hold {sorted(wanted)}, got {sorted(tensors)}")
-    model.load_state_dict(tensors, strict=False)
+    model.load_state_dict({name: shard_like(tensors[name], wanted[name]) for name in wanted}, strict=False)
+
+
+def whole_model(model: ValueModel) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, whole and on the CPU; all ranks must call it."""
+    return {name: whole(tensor) for name, tensor in model.saved_tensors().items()}
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
@@ -203,10 +215,24 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     return max((run_dir / CHECKPOINTS).glob("step-*.safetensors"), default=None)
 
 
+def save_best(run_dir: Path, model: ValueModel, state: Mapping[str, Any], ranks: Ranks) -> None:
+    """Write the model alone, as the best so far; all ranks must call it."""
+    tensors = whole_model(model)
+    ranks.on_first(lambda: save_tensors(run_dir / BEST, tensors, state))
+
+
 def save_checkpoint(
-    run_dir: Path, model: ValueModel, optimizer: torch.optim.Optimizer, progress: Mapping[str, Any], limit: int | None
+    run_dir: Path,
+    model: ValueModel,
+    optimizer: torch.optim.Optimizer,
+    progress: Mapping[str, Any],
+    limit: int | None,
+    ranks: Ranks,
 ) -> None:
     """Write all that a killed run needs to go on as if nothing had happened, then remove what is too old.
+
+    All ranks must call it; the first writes. The file is the same however the model is sharded, so that a run may go on
+    with another number of ranks or another strategy.
 
     Args:
         run_dir: the run folder.
@@ -214,35 +240,56 @@ def save_checkpoint(
         optimizer: its optimizer.
         progress: any JSON; `step` names the file.
         limit: so many of the newest checkpoints are kept; None keeps all.
+        ranks: this process among all.
     """
     optimizer_state = optimizer.state_dict()
-    tensors = {f"model.{name}": tensor for name, tensor in model.saved_tensors().items()}
+    tensors = {f"model.{name}": tensor for name, tensor in whole_model(model).items()}
     for index, slots in optimizer_state["state"].items():
-        tensors |= {f"optimizer.{index}.{slot}": tensor for slot, tensor in slots.items()}
-    tensors["rng.cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+        tensors |= {f"optimizer.{index}.{slot}": whole(tensor) for slot, tensor in slots.items()}
+    tensors |= {f"rng.{name}": _of_all_ranks(state, ranks) for name, state in _random_states().items()}
     state = {"param_groups": optimizer_state["param_groups"], "progress": dict(progress)}
-    folder = run_dir / CHECKPOINTS
-    folder.mkdir(exist_ok=True)
-    save_tensors(folder / f"step-{progress['step']:08d}.safetensors", tensors, state)
-    for path in sorted(folder.glob("step-*.safetensors"))[: -limit if limit else 0]:
-        path.unlink()
+
+    def write() -> None:
+        folder = run_dir / CHECKPOINTS
+        folder.mkdir(exist_ok=True)
+        save_tensors(folder / f"step-{progress['step']:08d}.safetensors", tensors, state)
+        for path in sorted(folder.glob("step-*.safetensors"))[: -limit if limit else 0]:
+            path.unlink()
+
+    ranks.on_first(write)
 
 
-def load_checkpoint(path: Path, model: ValueModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Restore what `save_checkpoint` wrote and return its `progress`."""
+def _random_states() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    return {**states, "cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else states
+
+
+def _of_all_ranks(state: Tensor, ranks: Ranks) -> Tensor:
+    """[ranks, n] from a state [n] on each rank."""
+    table = state.new_zeros(ranks.size, len(state))
+    table[ranks.rank] = state
+    return ranks.sum(table)
+
+
+def load_checkpoint(path: Path, model: ValueModel, optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict[str, Any]:
+    """Restore what `save_checkpoint` wrote and return its `progress`.
+
+    Random states are restored where there are as many ranks as before; else each rank keeps the one it started with.
+    """
     tensors, state = load_tensors(path)
     load_model(model, {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model.")})
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     slots: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if name.startswith("optimizer."):
             _, index, slot = name.split(".")
-            slots.setdefault(int(index), {})[slot] = tensor
+            sharded = shard_like(tensor, parameters[int(index)]) if tensor.dim() else tensor
+            slots.setdefault(int(index), {})[slot] = sharded
     optimizer.load_state_dict({"state": slots, "param_groups": state["param_groups"]})
-    torch.set_rng_state(tensors["rng.cpu"])
-    if torch.cuda.is_available() and "rng.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["rng.cuda"])
+    if len(tensors["rng.cpu"]) == ranks.size:
+        torch.set_rng_state(tensors["rng.cpu"][ranks.rank])
+        if torch.cuda.is_available() and "rng.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["rng.cuda"][ranks.rank])
     return state["progress"]
 
 

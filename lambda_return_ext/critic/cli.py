@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from lambda_return_ext.critic import codeio
-from lambda_return_ext.critic.errors import UserError
+from lambda_return_ext.critic.errors import FirstRankError, UserError
 from lambda_return_ext.critic.interrupt import Interrupted
 
 
@@ -29,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FloatingPointError as error:
         print(f"lambda-critic: error: {error}", file=sys.stderr)
         return 1
+    except FirstRankError:
+        return 2
     except Interrupted as stopped:
         print(f"lambda-critic: {stopped}", file=sys.stderr)
         return 128 + stopped.signal_number

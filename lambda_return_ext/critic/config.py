@@ -63,6 +63,7 @@ class ModelConfig(Section):
     layers: PositiveInt | None = None
     backbone_frozen: bool = True
     cache_features: bool = True
+    gradient_checkpointing: bool = False
     head: HeadConfig = HeadConfig()
 
     @model_validator(mode="after")
@@ -71,6 +72,11 @@ class ModelConfig(Section):
             raise ValueError(
                 "model.cache_features must be false when model.backbone_frozen is false: "
                 "the features of a backbone that trains change at every step"
+            )
+        if self.gradient_checkpointing and self.backbone_frozen:
+            raise ValueError(
+                "model.gradient_checkpointing must be false when model.backbone_frozen is true: "
+                "no gradient goes through a frozen backbone, so that it keeps no activations"
             )
         return self
 
@@ -127,6 +133,9 @@ class TrainingConfig(Section):
     epochs: PositiveInt = 8
     max_steps: PositiveInt | None = None
     batch_size: PositiveInt = 16
+    micro_batch_size: PositiveInt | None = None
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    precision: Literal["float32", "bfloat16"] = "float32"
     learning_rate: PositiveFloat = 1e-3
     lr_schedule: Literal["constant", "cosine"] = "cosine"
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
@@ -167,6 +176,17 @@ class Config(Section):
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _fsdp_shards_the_backbone(self) -> Config:
+        if self.training.strategy == "fsdp":
+            for key, is_on, why in (
+                ("model.cache_features", self.model.cache_features, "features are computed by a whole backbone"),
+                ("training.compile", self.training.compile, "a sharded model is not one graph"),
+            ):
+                if is_on:
+                    raise ValueError(f"{key} must be false when training.strategy is fsdp: {why}")
+        return self
 
     def to_yaml(self) -> str:
         """The resolved configuration, every key written out."""

@@ -1,4 +1,4 @@
-"""The one exception that the command line turns into a message and exit code 2."""
+"""What the command line turns into a message and exit code 2."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from typing import Any
 
 class UserError(Exception):
     """Something the user can put right; the message says what and how."""
+
+
+class FirstRankError(Exception):
+    """The first rank failed and says why; this one has nothing to add."""
 
 
 def require(module: str, what: str, install: str) -> Any:

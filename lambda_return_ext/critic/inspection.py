@@ -17,7 +17,7 @@ from lambda_return_ext.critic.credit import Credit, credit_solutions
 from lambda_return_ext.critic.data import Solution, TokenPair
 from lambda_return_ext.critic.errors import UserError
 from lambda_return_ext.critic.report import Display
-from lambda_return_ext.critic.trainer import Task, build_collator, load_run
+from lambda_return_ext.critic.task import Task, build_collator, load_run
 
 LARGEST_DROPS = 3
 GAMMA, LAMBDA = "\N{GREEK SMALL LETTER GAMMA}", "\N{GREEK SMALL LETTER LAMDA}"

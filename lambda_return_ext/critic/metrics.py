@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from lambda_return_ext import create_eos_only_mask
 from lambda_return_ext.critic.config import ValueLossConfig
 from lambda_return_ext.critic.credit import assign_credit
 from lambda_return_ext.critic.data import Batch, Collator, Solution, TokenPair
+from lambda_return_ext.critic.distributed import ALONE, Ranks
 from lambda_return_ext.critic.losses import value_loss
 from lambda_return_ext.critic.model import PromptGroup, continue_prompt
 
@@ -23,9 +25,16 @@ Metrics = dict[str, Any]
 
 @torch.no_grad()
 def evaluate_pairs(
-    model: nn.Module, loss: ValueLossConfig, pairs: Sequence[TokenPair], collate: Collator, batch_size: int
+    model: nn.Module,
+    loss: ValueLossConfig,
+    pairs: Sequence[TokenPair],
+    collate: Collator,
+    batch_size: int,
+    ranks: Ranks = ALONE,
 ) -> Metrics:
     """Measure the model on pairs; every pair counts once and a tie counts as wrong.
+
+    The ranks share the batches and put the records of all pairs together, in the order that one rank would have.
 
     Returns:
         What `summarise` makes of the pairs.
@@ -33,11 +42,18 @@ def evaluate_pairs(
     model.eval()
     device = next(model.parameters()).device
     by_length = sorted(pairs, key=lambda pair: pair.length)
-    records = []
-    for start in range(0, len(by_length), batch_size):
+    starts = range(0, len(by_length), batch_size)
+    columns: dict[str, Tensor] = {}
+    for turn in range(math.ceil(len(starts) / ranks.size)):
+        own = turn * ranks.size + ranks.rank
+        start = starts[min(own, len(starts) - 1)]  # a sharded model needs every rank in each forward
         batch = collate.pad(by_length[start : start + batch_size]).to(device)
-        records.append(measure_batch(model(batch.inputs, batch.attention_mask), batch, loss))
-    return summarise({name: torch.cat([record[name] for record in records]) for name in records[0]})
+        for name, column in measure_batch(model(batch.inputs, batch.attention_mask), batch, loss).items():
+            whole = columns.setdefault(name, torch.zeros(len(pairs), dtype=torch.float64))
+            if own < len(starts):
+                whole[start : start + batch_size] = column
+    table = ranks.sum(torch.stack([*columns.values()]))
+    return summarise(dict(zip(columns, table, strict=True)))
 
 
 def measure_batch(values: Tensor, batch: Batch, loss: ValueLossConfig) -> dict[str, Tensor]:

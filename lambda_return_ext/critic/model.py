@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import io
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ class ValueModel(nn.Module):
         self.backbone = backbone
         self.value_head = build_value_head(head, backbone.config.hidden_size, bias_init)
         self.backbone_frozen = backbone_frozen
+        self.autocast_dtype: torch.dtype | None = None
         backbone.requires_grad_(not backbone_frozen)
 
     def forward(self, inputs: Tensor, attention_mask: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -49,7 +51,7 @@ class ValueModel(nn.Module):
         if inputs.is_floating_point():
             features = inputs
         else:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.backbone_frozen):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.backbone_frozen), self.autocast():
                 if cu_seqlens is None:
                     output = self.backbone(input_ids=inputs, attention_mask=attention_mask, use_cache=False)
                     features = output.last_hidden_state
@@ -64,12 +66,30 @@ class ValueModel(nn.Module):
         output = self.backbone(input_ids=ids[None], position_ids=positions[None], use_cache=False)
         return output.last_hidden_state[0]
 
+    def autocast(self) -> AbstractContextManager[None]:
+        """Compute the backbone in `autocast_dtype`, where that is set; the head is always in float32."""
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(next(self.parameters()).device.type, dtype=self.autocast_dtype)
+
+    def backbone_layers(self) -> list[nn.Module]:
+        """The transformer layers of the backbone."""
+        names = getattr(self.backbone, "_no_split_modules", None) or ()
+        return [module for module in self.backbone.modules() if type(module).__name__ in names]
+
     def train(self, mode: bool = True) -> ValueModel:
         """Switch between training and evaluation; a frozen backbone stays in evaluation."""
         super().train(mode)
         if self.backbone_frozen:
             self.backbone.eval()
         return self
+
+    def checkpoint_gradients(self) -> None:
+        """Keep the activations of whole layers only, and compute those within a layer again in the backward pass."""
+        # transformers 5.24 renamed the method, and the old name warns there.
+        name = "activation_checkpointing_enable"
+        enable = getattr(self.backbone, name, None) or self.backbone.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
 
     def saved_tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds: all tensors, without those of a frozen backbone, which its own files have."""

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from lambda_return_ext.critic import checkpoint
 from lambda_return_ext.critic.config import Config
+from lambda_return_ext.critic.distributed import Ranks
 from lambda_return_ext.critic.trackers import open_trackers
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -24,11 +25,15 @@ Advance = Callable[..., None]
 
 
 class Display:
-    """Progress on a terminal as bars, elsewhere as plain lines, a few for each phase."""
+    """Progress on a terminal as bars, elsewhere as plain lines, a few for each phase.
 
-    def __init__(self) -> None:
+    Args:
+        quiet: show nothing, as all ranks but the first do.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
         # Where there is no terminal to ask, rich would fold the table into 80 columns.
-        self.console = Console(highlight=False, width=None if sys.stdout.isatty() else LINE_WIDTH)
+        self.console = Console(highlight=False, width=None if sys.stdout.isatty() else LINE_WIDTH, quiet=quiet)
 
     def line(self, text: str) -> None:
         """Print one line, above any bar."""
@@ -93,6 +98,24 @@ class MetricLog:
         self._file.close()
         for tracker in self._trackers:
             tracker.close(failed=kind is not None)
+
+
+class NoLog:
+    """The log of a rank that writes none."""
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Log nothing."""
+
+    def __enter__(self) -> NoLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+
+def open_log(config: Config, step: int, ranks: Ranks) -> MetricLog | NoLog:
+    """The log of a run, which the first rank writes."""
+    return MetricLog(config, step) if ranks.is_first else NoLog()
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -15,12 +15,12 @@ from lambda_return_ext.critic import checkpoint
 from lambda_return_ext.critic.config import Config, load_config
 from lambda_return_ext.critic.credit import credit_solutions
 from lambda_return_ext.critic.data import Collator, Solution, tokenize
+from lambda_return_ext.critic.distributed import choose_device
 from lambda_return_ext.critic.errors import UserError, require
 from lambda_return_ext.critic.examples import Answer, Example, Renderer, parse_example, read_chat_template
 from lambda_return_ext.critic.model import Backbone, ValueModel
 from lambda_return_ext.critic.report import Display
 from lambda_return_ext.critic.sources import EXTRA, Source
-from lambda_return_ext.critic.trainer import choose_device
 
 ROWS_AT_ONCE = 64
 Record = dict[str, Any]

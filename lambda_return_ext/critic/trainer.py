@@ -1,123 +1,37 @@
 """The training loop and the evaluation of a finished run.
 
-Read `train` from top to bottom: everything that can be wrong is checked before the first file is written.
+Read `train_rank` from top to bottom: everything that can be wrong is checked before the first file is written.
 """
 
 from __future__ import annotations
 
 import math
+import signal
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lambda_return_ext.critic import checkpoint
-from lambda_return_ext.critic.config import Config, TrainingConfig, load_config
-from lambda_return_ext.critic.data import (
-    Collator,
-    Packing,
-    PairData,
-    TokenPair,
-    epoch_batches,
-    read_examples,
-    select_pairs,
-)
-from lambda_return_ext.critic.errors import UserError
+from lambda_return_ext.critic.config import Config, TrainingConfig
+from lambda_return_ext.critic.data import Batch, Collator, TokenPair, epoch_batches
+from lambda_return_ext.critic.distributed import Ranks, gradients_wait, join_ranks, parallelize, whole
 from lambda_return_ext.critic.interrupt import Interrupted, StopRequest
-from lambda_return_ext.critic.losses import value_loss
+from lambda_return_ext.critic.losses import count_terms, value_loss
 from lambda_return_ext.critic.metrics import evaluate_pairs, length_baseline, likelihood_baseline
-from lambda_return_ext.critic.model import Backbone, ValueModel, compute_features, group_by_prompt
+from lambda_return_ext.critic.model import ValueModel, group_by_prompt
 from lambda_return_ext.critic.plots import plot_curves
-from lambda_return_ext.critic.report import Display, MetricLog, print_data, print_results, read_metrics
+from lambda_return_ext.critic.report import Display, open_log, print_data, print_results, read_metrics
+from lambda_return_ext.critic.task import Task, build_collator, load_run, prepare
 from lambda_return_ext.critic.trackers import check_trackers
 
 
-@dataclass(frozen=True)
-class Task:
-    """A checked configuration with its data and model, before any heavy work."""
-
-    config: Config
-    device: torch.device
-    backbone: Backbone
-    data: PairData
-    sha256: str
-    pad_id: int
-    model: ValueModel
-    steps: int
-
-    @property
-    def train_subset(self) -> list[TokenPair]:
-        """The training pairs that are evaluated beside validation: the same ones all along."""
-        pairs, wanted = self.data.train, self.config.evaluation.train_pairs
-        return pairs[:: math.ceil(len(pairs) / wanted)]
-
-    def summary(self) -> dict[str, Any]:
-        """The data of this run, as saved with it; another summary means other data."""
-        return {"path": self.config.data.path, "sha256": self.sha256, **self.data.report()}
-
-
-def prepare(config: Config) -> Task:
-    """Load and check all that a run needs, without writing anything.
-
-    Raises:
-        UserError: the data, the backbone or the plan of the run is wrong.
-    """
-    if config.training.value_loss.is_off:
-        raise UserError(
-            "training.value_loss must have at least one of use_lambda_return, use_mc_mse and use_pairwise on, "
-            "got none: there is nothing to train"
-        )
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    device = choose_device(config.device)
-    backbone = Backbone(config.model.backbone)
-    examples, sha256 = read_examples(config.data)
-    tokenizer = backbone.tokenizer()
-    data = select_pairs(examples, tokenizer, config.data)
-    steps = total_steps(config.training, len(data.train))
-    warmup_steps = config.training.value_loss.warmup_steps
-    if warmup_steps >= steps:
-        raise UserError(
-            f"training.value_loss.lambda_return.warmup_steps must be less than the {steps} steps of the run, "
-            f"got {warmup_steps}: it would never leave the warm-up"
-        )
-    torch.manual_seed(config.seed)
-    base_model = backbone.base_model(config.model.layers, config.data.max_length)
-    bias_init = config.training.value_loss.lambda_return.bias_init
-    model = ValueModel(base_model, config.model.head, bias_init, config.model.backbone_frozen).to(device)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    return Task(config, device, backbone, data, sha256, pad_id, model, steps)
-
-
-def choose_device(name: str) -> torch.device:
-    """The device that `device` of the configuration names."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device must be auto or cpu on a machine without a CUDA device, got cuda")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def total_steps(config: TrainingConfig, pairs: int) -> int:
-    """Steps of a run: all epochs, but at most `max_steps`."""
-    steps = config.epochs * math.ceil(pairs / config.batch_size)
-    return min(steps, config.max_steps or steps)
-
-
-def build_collator(task: Task, pairs: list[TokenPair], display: Display) -> Collator:
-    """The collator of a run; where features are cached, computes those of `pairs` once."""
-    features = None
-    if task.config.model.cache_features:
-        groups = group_by_prompt(pairs)
-        with display.phase("features", "tokens", sum(group.tokens for group in groups)) as advance:
-            features = compute_features(task.model.backbone, groups, advance)
-    return Collator(task.pad_id, features, task.config.data.pad_to_multiple_of, task.config.data.packing)
-
-
-def train(config: Config, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
-    """Train a critic and return its final results.
+def train(config: Config, resume: bool = False, overwrite: bool = False) -> dict[str, Any] | None:
+    """Train a critic and return its final results; under torchrun, one rank of it, of which the first returns them.
 
     Args:
         config: the run.
@@ -129,21 +43,30 @@ def train(config: Config, resume: bool = False, overwrite: bool = False) -> dict
         FloatingPointError: the loss or its gradient is not finite; the batch is saved and no step was taken with it.
         Interrupted: SIGINT or SIGTERM came; all steps so far are saved.
     """
-    checkpoint.check_run_dir(config, resume, overwrite)
+    with join_ranks(config) as ranks:
+        return train_rank(config, ranks, resume, overwrite)
+
+
+def train_rank(config: Config, ranks: Ranks, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+    """What each rank does: its share of every batch, and the same steps as all others."""
+    run_dir, display, training = Path(config.run_dir), Display(quiet=not ranks.is_first), config.training
+    ranks.on_first(lambda: checkpoint.check_run_dir(config, resume, overwrite))
     check_trackers(config)
-    task, display, training = prepare(config), Display(), config.training
-    run_dir = checkpoint.open_run_dir(config, task.summary(), overwrite)
-    model, data, device = task.model, task.data, task.device
+    task = prepare(config, ranks)
+    ranks.on_first(lambda: checkpoint.open_run_dir(config, task.summary(), overwrite))
+    model, data = task.model, task.data
     print_data(display, task.summary())
     collate = build_collator(task, data.train + data.validation, display)
 
+    module = parallelize(model, ranks, training)
     optimizer = torch.optim.AdamW(parameter_groups(model, training.weight_decay), lr=training.learning_rate)
     learning_rate = lr_schedule(training, task.steps)
     progress: dict[str, Any] = {"step": 0, "best": [-1.0, 0.0], "seconds": 0.0, "skipped": 0}
+    torch.manual_seed(config.seed + ranks.rank)  # dropout differs from rank to rank
     if newest := checkpoint.latest_checkpoint(run_dir):
-        progress = checkpoint.load_checkpoint(newest, model, optimizer)
+        progress = checkpoint.load_checkpoint(newest, model, optimizer, ranks)
         display.line(f"resumed after step {progress['step']}")
-    forward_loss = build_forward_loss(model, training)
+    forward_loss = build_forward_loss(module, training)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     lengths = [pair.length for pair in data.train]
     steps_per_epoch = math.ceil(len(data.train) / training.batch_size)
@@ -152,9 +75,13 @@ def train(config: Config, resume: bool = False, overwrite: bool = False) -> dict
     started = time.monotonic() - progress["seconds"]
     epoch_order: list[list[int]] = []
 
+    def save() -> None:
+        progress["seconds"] = time.monotonic() - started
+        checkpoint.save_checkpoint(run_dir, model, optimizer, progress, training.save_total_limit, ranks)
+
     with (
         checkpoint.explain_failed_writes(run_dir),
-        MetricLog(config, progress["step"]) as log,
+        open_log(config, progress["step"], ranks) as log,
         display.phase("training", "steps", task.steps, done=progress["step"]) as advance,
         StopRequest() as stop,
     ):
@@ -164,21 +91,32 @@ def train(config: Config, resume: bool = False, overwrite: bool = False) -> dict
                 epoch_order = epoch_batches(lengths, training.batch_size, config.seed, epoch)
             step_started = time.monotonic()
             pairs = [data.train[index] for index in epoch_order[position]]
-            batch = collate(pairs).to(device)
-            # Chosen out here and of one dtype in both phases, so that leaving the warm-up compiles nothing anew.
             warmup = step <= warmup_steps
-            loss_mask = batch.last_tokens() if warmup else batch.loss_mask
+            micro_batches = [
+                training_batch(collate, part, pairs[0], warmup)
+                for part in ranks.micro_batches(pairs, training.micro_batch_size)
+            ]
+            # One sum over all ranks before the first backward: each loss is a part of the means over all of them.
+            *counts, tokens, stopping = ranks.sum(tally(micro_batches, stop)).tolist()
+            if stopping:
+                save()
+                raise Interrupted(stop.received or signal.SIGTERM, progress["step"])
 
             model.train()
-            inputs = batch.inputs, batch.attention_mask, loss_mask, batch.terminal_rewards
-            loss, terms = forward_loss(*inputs, batch.packing)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            sums: dict[str, Tensor] = {}
+            for number, micro_batch in enumerate(micro_batches, 1):
+                batch = micro_batch.to(ranks.device)
+                with gradients_wait(module, number < len(micro_batches)):
+                    loss, terms = forward_loss(batch, torch.tensor(counts, device=ranks.device))
+                    (loss * ranks.size).backward()  # gradients are averaged over ranks
+                for name, term in {"train/loss": loss.detach(), **terms}.items():
+                    sums[name] = sums.get(name, 0.0) + term
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm or math.inf)
+            totals = ranks.sum(torch.stack([*sums.values()])).tolist()
             metrics: dict[str, float] = {
-                "train/loss": loss.item(),
-                **{name: term.item() for name, term in terms.items()},
-                "train/grad_norm": float(grad_norm),
+                **dict(zip(sums, totals, strict=True)),
+                "train/grad_norm": whole(grad_norm).item(),
                 "train/lr": learning_rate(step),
                 "train/warmup_active": int(warmup),
                 "train/epoch": epoch + (position + 1) / steps_per_epoch,
@@ -190,13 +128,14 @@ def train(config: Config, resume: bool = False, overwrite: bool = False) -> dict
                     group["lr"] = learning_rate(step)
                 optimizer.step()
             else:
-                say_nonfinite(run_dir, step, metrics, pairs, training.nonfinite, display)
+                say_nonfinite(task, step, metrics, pairs, display)
                 progress["skipped"] += 1
                 metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
             metrics["train/skipped_steps"] = progress["skipped"]
-            metrics["train/tokens_per_second"] = batch.tokens / (time.monotonic() - step_started)
+            metrics["train/tokens_per_second"] = tokens / (time.monotonic() - step_started)
             log.write(step, metrics)
             advance(1, f"loss {metrics.get('train/loss', math.nan):.4f}")
+            progress["step"] = step
 
             checked = step in (warmup_steps, task.steps) or step % config.evaluation.every == 0
             if checked:
@@ -206,17 +145,42 @@ def train(config: Config, resume: bool = False, overwrite: bool = False) -> dict
                 rank = [measured["validation/pairwise_accuracy"], measured["validation/margin"]]
                 if rank > progress["best"]:
                     progress["best"] = rank
-                    state = {"step": step, "metrics": measured}
-                    checkpoint.save_tensors(run_dir / checkpoint.BEST, model.saved_tensors(), state)
-            progress |= {"step": step, "seconds": time.monotonic() - started}
-            stopping = stop.received
-            if checked or stopping or step % training.save_every == 0:
-                checkpoint.save_checkpoint(run_dir, model, optimizer, progress, training.save_total_limit)
-            if stopping:
-                raise Interrupted(stopping, step)
-    if stop.received:
-        raise Interrupted(stop.received, task.steps)
+                    checkpoint.save_best(run_dir, model, {"step": step, "metrics": measured}, ranks)
+            if checked or step % training.save_every == 0:
+                save()
+        if ranks.max(torch.tensor(stop.received)):
+            raise Interrupted(stop.received or signal.SIGTERM, progress["step"])
+    return ranks.on_first(lambda: report(task, progress, display))
 
+
+def training_batch(collate: Collator, pairs: Sequence[TokenPair], filler: TokenPair, warmup: bool) -> Batch:
+    """A micro-batch as the loss is to see it.
+
+    Args:
+        collate: makes a batch.
+        pairs: this rank's pairs; where there are none, the batch has no loss, and keeps step with the other ranks.
+        filler: stands in for no pairs.
+        warmup: the loss sees only the last token of each solution.
+    """
+    batch = collate(pairs or [filler])
+    if not pairs:
+        return replace(batch, loss_mask=torch.zeros_like(batch.loss_mask), tokens=0)
+    # Of one dtype in both phases, so that leaving the warm-up compiles nothing anew.
+    return replace(batch, loss_mask=batch.last_tokens()) if warmup else batch
+
+
+def tally(micro_batches: Sequence[Batch], stop: StopRequest) -> Tensor:
+    """What the ranks must know of one another before a step, [5], int64.
+
+    The counts of the loss, the tokens that the model reads, and whether a rank was asked to stop.
+    """
+    counts = torch.stack([count_terms(batch.loss_mask, batch.packing) for batch in micro_batches]).sum(0)
+    return torch.cat([counts, torch.tensor([sum(batch.tokens for batch in micro_batches), int(stop.received > 0)])])
+
+
+def report(task: Task, progress: dict[str, Any], display: Display) -> dict[str, Any]:
+    """Write and show the results of a run that is done."""
+    run_dir = Path(task.config.run_dir)
     _, best = checkpoint.load_tensors(run_dir / checkpoint.BEST)
     records = [record for record in read_metrics(run_dir) if "validation/pairwise_accuracy" in record]
     last = {"step": task.steps, "metrics": {name: value for name, value in records[-1].items() if name != "step"}}
@@ -240,28 +204,13 @@ def evaluate(run: str) -> dict[str, Any]:
     return finish(task, Path(run), {"best": measured}, display)
 
 
-def load_run(run: str) -> tuple[Task, dict[str, Any]]:
-    """A run with its data and the model of its best checkpoint, and that checkpoint's step and metrics.
-
-    Raises:
-        UserError: the folder holds no run, or its data has changed since.
-    """
-    run_dir = Path(run)
-    task = prepare(load_config(checkpoint.config_path(run_dir)))
-    checkpoint.check_same_data(run_dir, task.summary())
-    tensors, state = checkpoint.load_tensors(run_dir / checkpoint.BEST)
-    checkpoint.load_model(task.model, tensors)
-    return task, state
-
-
-def build_forward_loss(model: ValueModel, config: TrainingConfig) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
+def build_forward_loss(module: nn.Module, config: TrainingConfig) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
     """Forward and loss as one function of tensors, compiled whole where the configuration says so."""
 
-    def forward_loss(
-        inputs: Tensor, attention_mask: Tensor, loss_mask: Tensor, rewards: Tensor, packing: Packing | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        values = model(inputs, attention_mask, packing and packing.cu_seqlens)
-        return value_loss(config.value_loss, values, attention_mask, loss_mask, rewards, packing)
+    def forward_loss(batch: Batch, counts: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        values = module(batch.inputs, batch.attention_mask, batch.packing and batch.packing.cu_seqlens)
+        masks = batch.attention_mask, batch.loss_mask
+        return value_loss(config.value_loss, values, *masks, batch.terminal_rewards, batch.packing, counts)
 
     if not config.compile:
         return forward_loss
@@ -287,21 +236,23 @@ def lr_schedule(config: TrainingConfig, steps: int) -> Callable[[int], float]:
 
 
 def say_nonfinite(
-    run_dir: Path, step: int, metrics: dict[str, float], pairs: list[TokenPair], policy: str, display: Display
+    task: Task, step: int, metrics: dict[str, float], pairs: Sequence[TokenPair], display: Display
 ) -> None:
     """Save the batch of a step whose loss or gradient is not finite, and stop or say that it is left out.
 
     Raises:
-        FloatingPointError: `policy` is to stop.
+        FloatingPointError: the configuration says to stop.
     """
+    run_dir = Path(task.config.run_dir)
     sides = [{"problem": pair.problem, "right": pair.right._asdict(), "wrong": pair.wrong._asdict()} for pair in pairs]
     numbers = {name: str(metrics[name]) for name in ("train/loss", "train/grad_norm")}
-    checkpoint.save_nonfinite(run_dir, {"step": step, **numbers, "pairs": sides})
+    record = {"step": step, **numbers, "pairs": sides}
+    task.ranks.on_first(lambda: checkpoint.save_nonfinite(run_dir, record))
     message = (
         f"loss or gradient is not finite at step {step}: loss {numbers['train/loss']}, gradient norm "
         f"{numbers['train/grad_norm']}; its pairs are in {run_dir / checkpoint.NONFINITE}"
     )
-    if policy == "stop":
+    if task.config.training.nonfinite == "stop":
         raise FloatingPointError(f"{message}; training.nonfinite=skip leaves such a batch out")
     display.line(f"{message}; left out")
 
@@ -314,7 +265,7 @@ def measure(task: Task, collate: Collator) -> dict[str, Any]:
         f"{part}/{name}": value
         for part, pairs in parts.items()
         for name, value in evaluate_pairs(
-            task.model, config.training.value_loss, pairs, collate, config.evaluation.batch_size
+            task.model, config.training.value_loss, pairs, collate, config.evaluation.batch_size, task.ranks
         ).items()
     }
     gap = measured["train_subset/pairwise_accuracy"] - measured["validation/pairwise_accuracy"]

@@ -67,16 +67,14 @@ def write_pairs(tmp_path):
     return write
 
 
-@pytest.fixture
-def config_file(tmp_path, tiny_backbone, write_pairs):
-    """A configuration file of a run that takes about a second."""
-    path = tmp_path / "config.yaml"
-    content = {
-        "run_dir": str(tmp_path / "run"),
+def tiny_config(run_dir, data, backbone):
+    """The settings of a run that takes about a second."""
+    return {
+        "run_dir": str(run_dir),
         "device": "cpu",
         "threads": 1,
-        "data": {"path": str(write_pairs(make_records())), "max_length": 64, "validation_problems": 6},
-        "model": {"backbone": str(tiny_backbone), "head": {"hidden_size": 16}},
+        "data": {"path": str(data), "max_length": 64, "validation_problems": 6},
+        "model": {"backbone": str(backbone), "head": {"hidden_size": 16}},
         "training": {
             "epochs": 2,
             "batch_size": 6,
@@ -86,6 +84,13 @@ def config_file(tmp_path, tiny_backbone, write_pairs):
         },
         "evaluation": {"every": 5, "batch_size": 8, "train_pairs": 10, "baselines": False},
     }
+
+
+@pytest.fixture
+def config_file(tmp_path, tiny_backbone, write_pairs):
+    """A configuration file of a run that takes about a second."""
+    path = tmp_path / "config.yaml"
+    content = tiny_config(tmp_path / "run", write_pairs(make_records()), tiny_backbone)
     path.write_text(yaml.safe_dump(content), encoding="utf-8")
     return path
 
@@ -115,3 +120,11 @@ def without_timing(run_dir):
 
 def content(folder):
     return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def assert_alike(run_dir, other):
+    """The same run but for rounding."""
+    for ours, theirs in zip(records_of(run_dir), records_of(other), strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours.keys() - {"train/tokens_per_second"}:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), (ours["step"], name)

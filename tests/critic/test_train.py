@@ -10,12 +10,13 @@ import pyarrow.parquet
 import pytest
 import torch
 import yaml
-from conftest import content, make_records, records_of, steps_of, without_timing
+from conftest import assert_alike, content, make_records, records_of, steps_of, without_timing
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lambda_return_ext.critic import checkpoint, trainer
 from lambda_return_ext.critic.cli import main
 from lambda_return_ext.critic.config import load_config
+from lambda_return_ext.critic.task import total_steps
 
 LOSS = "training.value_loss"
 TO_MONTE_CARLO = [f"{LOSS}.use_lambda_return=false", f"{LOSS}.use_mc_mse=true"]
@@ -28,16 +29,6 @@ def checks_of(run_dir):
 # With zero weights in the last layer the first gradients are almost zero, and Adam makes rounding errors as large as
 # any other gradient.
 WELL_CONDITIONED = f"{LOSS}.lambda_return.bias_init=null"
-
-
-def assert_alike(run_dir, other):
-    """The same run but for rounding."""
-    for ours, theirs in zip(records_of(run_dir), records_of(other), strict=True):
-        assert ours.keys() == theirs.keys()
-        for name in ours.keys() - {"train/tokens_per_second"}:
-            if isinstance(ours[name], list) and "reliability" in name:  # rounding may move a value to the next bin
-                continue
-            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), (ours["step"], name)
 
 
 # ---- what a run does ---------------------------------------------------------------------------------------------
@@ -339,7 +330,7 @@ def test_the_local_configuration_is_valid_and_warms_up_for_at_most_a_fifth():
     config = load_config(path)
     training = config.training
     pairs = config.data.train_problems * config.data.pairs_per_problem
-    fewest_steps = trainer.total_steps(training, int(0.9 * pairs))  # not every problem has as many pairs as allowed
+    fewest_steps = total_steps(training, int(0.9 * pairs))  # not every problem has as many pairs as allowed
     assert 0 < training.value_loss.warmup_steps <= 0.2 * fewest_steps
     assert training.value_loss.use_lambda_return
     assert config.data.validation_problems >= 50

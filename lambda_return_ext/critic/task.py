@@ -1,0 +1,123 @@
+"""A checked configuration with its data and model, as training and everything that looks at a run need it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lambda_return_ext.critic import checkpoint
+from lambda_return_ext.critic.config import Config, TrainingConfig, load_config
+from lambda_return_ext.critic.data import Collator, PairData, TokenPair, read_examples, select_pairs
+from lambda_return_ext.critic.distributed import Ranks, choose_device, exchange_features
+from lambda_return_ext.critic.errors import UserError
+from lambda_return_ext.critic.model import Backbone, ValueModel, compute_features, group_by_prompt
+from lambda_return_ext.critic.report import Display
+
+
+@dataclass(frozen=True)
+class Task:
+    """A checked configuration with its data and model, before any heavy work."""
+
+    config: Config
+    ranks: Ranks
+    backbone: Backbone
+    data: PairData
+    sha256: str
+    pad_id: int
+    model: ValueModel
+    steps: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.ranks.device
+
+    @property
+    def train_subset(self) -> list[TokenPair]:
+        """The training pairs that are evaluated beside validation: the same ones all along."""
+        pairs, wanted = self.data.train, self.config.evaluation.train_pairs
+        return pairs[:: math.ceil(len(pairs) / wanted)]
+
+    def summary(self) -> dict[str, Any]:
+        """The data of this run, as saved with it; another summary means other data."""
+        return {"path": self.config.data.path, "sha256": self.sha256, **self.data.report()}
+
+
+def prepare(config: Config, ranks: Ranks | None = None) -> Task:
+    """Load and check all that a run needs, without writing anything.
+
+    Args:
+        config: the run.
+        ranks: this process among all; None when it is alone.
+
+    Raises:
+        UserError: the data, the backbone or the plan of the run is wrong.
+    """
+    if config.training.value_loss.is_off:
+        raise UserError(
+            "training.value_loss must have at least one of use_lambda_return, use_mc_mse and use_pairwise on, "
+            "got none: there is nothing to train"
+        )
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    ranks = ranks or Ranks(0, 1, choose_device(config.device))
+    if config.training.compile and ranks.size > 1:
+        raise UserError(f"training.compile must be false under torchrun, got true with {ranks.size} processes")
+    backbone = Backbone(config.model.backbone)
+    examples, sha256 = read_examples(config.data)
+    tokenizer = backbone.tokenizer()
+    data = select_pairs(examples, tokenizer, config.data)
+    steps = total_steps(config.training, len(data.train))
+    warmup_steps = config.training.value_loss.warmup_steps
+    if warmup_steps >= steps:
+        raise UserError(
+            f"training.value_loss.lambda_return.warmup_steps must be less than the {steps} steps of the run, "
+            f"got {warmup_steps}: it would never leave the warm-up"
+        )
+    torch.manual_seed(config.seed)
+    base_model = backbone.base_model(config.model.layers, config.data.max_length)
+    bias_init = config.training.value_loss.lambda_return.bias_init
+    model = ValueModel(base_model, config.model.head, bias_init, config.model.backbone_frozen)
+    if config.model.gradient_checkpointing:
+        model.checkpoint_gradients()
+    if config.training.strategy == "ddp":  # else each rank puts only its shard on its device
+        model.to(ranks.device)
+        model.autocast_dtype = torch.bfloat16 if config.training.precision == "bfloat16" else None
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    return Task(config, ranks, backbone, data, sha256, pad_id, model, steps)
+
+
+def total_steps(config: TrainingConfig, pairs: int) -> int:
+    """Steps of a run: all epochs, but at most `max_steps`."""
+    steps = config.epochs * math.ceil(pairs / config.batch_size)
+    return min(steps, config.max_steps or steps)
+
+
+def build_collator(task: Task, pairs: list[TokenPair], display: Display) -> Collator:
+    """The collator of a run; where features are cached, computes those of `pairs` once."""
+    features = None
+    if task.config.model.cache_features:
+        groups = group_by_prompt(pairs)
+        own = task.ranks.share(groups)
+        with display.phase("features", "tokens", sum(group.tokens for group in own)) as advance, task.model.autocast():
+            features = compute_features(task.model.backbone, own, advance)
+        features = exchange_features(features, groups, task.ranks)
+    return Collator(task.pad_id, features, task.config.data.pad_to_multiple_of, task.config.data.packing)
+
+
+def load_run(run: str) -> tuple[Task, dict[str, Any]]:
+    """A run with its data and the model of its best checkpoint, and that checkpoint's step and metrics.
+
+    Raises:
+        UserError: the folder holds no run, or its data has changed since.
+    """
+    run_dir = Path(run)
+    task = prepare(load_config(checkpoint.config_path(run_dir)))
+    checkpoint.check_same_data(run_dir, task.summary())
+    tensors, state = checkpoint.load_tensors(run_dir / checkpoint.BEST)
+    checkpoint.load_model(task.model, tensors)
+    return task, state

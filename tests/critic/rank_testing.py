@@ -1,0 +1,82 @@
+"""One step on every layout of ranks and micro-batches; started by torchrun from test_distributed.py.
+
+Usage: rank_testing.py CONFIG OUTPUT
+"""
+
+import itertools
+import json
+import sys
+import warnings
+
+import torch
+from safetensors.torch import save_file
+
+from lambda_return_ext.critic.config import load_config
+from lambda_return_ext.critic.distributed import gradients_wait, join_ranks, parallelize, whole
+from lambda_return_ext.critic.interrupt import StopRequest
+from lambda_return_ext.critic.report import Display
+from lambda_return_ext.critic.task import build_collator, prepare
+from lambda_return_ext.critic.trainer import build_forward_loss, measure, tally, training_batch
+
+STRATEGIES = ("ddp", "fsdp")
+LOSSES = {
+    "lambda": ["training.value_loss.use_lambda_return=true"],
+    "pairwise": ["training.value_loss.use_lambda_return=false", "training.value_loss.use_pairwise=true"],
+    "both": ["training.value_loss.use_lambda_return=true", "training.value_loss.use_pairwise=true"],
+}
+# Pairs in a batch and in a micro-batch: even shares, two micro-batches a rank, and one pair for two ranks.
+SIZES = {"8": (8, None), "8 by 2": (8, 2), "7 by 2": (7, 2), "1": (1, None)}
+WHOLE = ["model.cache_features=false", "model.backbone_frozen=false"]
+REDUCED = ["training.precision=bfloat16", "model.gradient_checkpointing=true"]
+
+
+def step(task, module, pairs, micro_batch_size):
+    """Loss and gradients of one batch, as the training loop computes them."""
+    ranks, model = task.ranks, task.model
+    collate = build_collator(task, [], Display(quiet=True))
+    parts = ranks.micro_batches(pairs, micro_batch_size)
+    batches = [training_batch(collate, part, pairs[0], warmup=False) for part in parts]
+    *counts, tokens, _ = ranks.sum(tally(batches, StopRequest())).tolist()
+    forward_loss = build_forward_loss(module, task.config.training)
+    model.train()
+    model.zero_grad(set_to_none=True)
+    total = torch.zeros(())
+    for number, batch in enumerate(batches, 1):
+        with gradients_wait(module, number < len(batches)):
+            loss, _ = forward_loss(batch, torch.tensor(counts))
+            (loss * ranks.size).backward()
+        total += loss.detach()
+    gradients = {name: whole(parameter.grad).clone() for name, parameter in model.named_parameters()}
+    return {"loss": ranks.sum(total), "tokens": torch.tensor(tokens), **gradients}
+
+
+def run(config_file, ranks):
+    """The loss and gradients of each case, and what validation measures."""
+    results, measured = {}, {}
+    for strategy, reduced, loss in itertools.product(STRATEGIES, (False, True), LOSSES):
+        if reduced and loss != "both":
+            continue
+        overrides = [*WHOLE, f"training.strategy={strategy}", *REDUCED * reduced, *LOSSES[loss]]
+        task = prepare(load_config(config_file, overrides), ranks)
+        module = parallelize(task.model, ranks, task.config.training)
+        for size, (pairs, micro_batch_size) in SIZES.items():
+            tensors = step(task, module, task.data.train[:pairs], micro_batch_size)
+            key = f"{strategy}{' reduced' * reduced}/{loss}/{size}"
+            results |= {f"{key}/{name}": tensor for name, tensor in tensors.items()}
+        if loss == "lambda":
+            measured[strategy] = measure(task, build_collator(task, [], Display(quiet=True)))
+    return results, measured
+
+
+def main(config_file, output):
+    with join_ranks(load_config(config_file, [*WHOLE, "training.strategy=fsdp"])) as ranks:
+        results, measured = run(config_file, ranks)
+        if ranks.is_first:
+            save_file(results, output)
+            with open(f"{output}.json", "w", encoding="utf-8") as file:
+                json.dump(measured, file)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("error")
+    main(*sys.argv[1:])
