@@ -78,6 +78,11 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--output", default="compare.png", metavar="FILE", help="the picture (default compare.png)")
     compare.set_defaults(run=_compare)
 
+    export = commands.add_parser("export", help="write the best checkpoint of a run as a folder for transformers")
+    export.add_argument("run_dir", metavar="RUN", help="folder of the run")
+    export.add_argument("output", metavar="FOLDER", help="must not exist yet")
+    export.set_defaults(run=_export)
+
     make_data = commands.add_parser("make-data", help="build a data file")
     sources = make_data.add_subparsers(title="sources", required=True, metavar="SOURCE")
     source = sources.add_parser("codeio", help="right and wrong programs, labelled by running them")
@@ -100,6 +105,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from lambda_return_ext.critic.trainer import evaluate
 
     evaluate(arguments.run_dir)
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from lambda_return_ext.critic.scoring import export_run
+
+    export_run(arguments.run_dir, arguments.output)
     return 0
 
 

@@ -52,18 +52,36 @@ class DataConfig(Section):
 class HeadConfig(Section):
     """The value head on top of the backbone."""
 
-    type: Literal["linear", "mlp"] = "mlp"
+    type: Literal["linear", "mlp", "sigmoid"] = "mlp"
     hidden_size: PositiveInt = 256
+
+
+class LoraConfig(Section):
+    """Low-rank adapters in a frozen backbone; rank 0 is none."""
+
+    rank: Count = 0
+    alpha: PositiveFloat = 32.0
+    dropout: UnitFloat = 0.0
+    target_modules: Text | list[Text] = "all-linear"
+    learning_rate: PositiveFloat | None = None
+    weight_decay: Annotated[float, Field(ge=0.0)] | None = None
 
 
 class ModelConfig(Section):
     """Backbone and head."""
 
     backbone: Text
+    revision: Text | None = None
+    trust_remote_code: bool = False
+    from_scratch: bool = False
+    config_overrides: dict[str, Any] = {}
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    attn_implementation: Text | None = None
     layers: PositiveInt | None = None
     backbone_frozen: bool = True
     cache_features: bool = True
     gradient_checkpointing: bool = False
+    lora: LoraConfig = LoraConfig()
     head: HeadConfig = HeadConfig()
 
     @model_validator(mode="after")
@@ -73,7 +91,16 @@ class ModelConfig(Section):
                 "model.cache_features must be false when model.backbone_frozen is false: "
                 "the features of a backbone that trains change at every step"
             )
-        if self.gradient_checkpointing and self.backbone_frozen:
+        if self.lora.rank and not self.backbone_frozen:
+            raise ValueError(
+                "model.backbone_frozen must be true when model.lora.rank is above 0: the adapters train in its place"
+            )
+        if self.lora.rank and self.cache_features:
+            raise ValueError(
+                "model.cache_features must be false when model.lora.rank is above 0: "
+                "the features of a backbone whose adapters train change at every step"
+            )
+        if self.gradient_checkpointing and self.backbone_frozen and not self.lora.rank:
             raise ValueError(
                 "model.gradient_checkpointing must be false when model.backbone_frozen is true: "
                 "no gradient goes through a frozen backbone, so that it keeps no activations"
@@ -178,7 +205,7 @@ class Config(Section):
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
-    def _fsdp_shards_the_backbone(self) -> Config:
+    def _sections_agree(self) -> Config:
         if self.training.strategy == "fsdp":
             for key, is_on, why in (
                 ("model.cache_features", self.model.cache_features, "features are computed by a whole backbone"),
@@ -186,6 +213,12 @@ class Config(Section):
             ):
                 if is_on:
                     raise ValueError(f"{key} must be false when training.strategy is fsdp: {why}")
+        bias = self.training.value_loss.lambda_return.bias_init
+        if self.model.head.type == "sigmoid" and bias is not None and not 0.0 < bias < 1.0:
+            raise ValueError(
+                "training.value_loss.lambda_return.bias_init must be between 0 and 1 when model.head.type is sigmoid, "
+                f"got {bias}"
+            )
         return self
 
     def to_yaml(self) -> str:

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 import inspect
 import io
+import re
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lambda_return_ext import init_value_head_bias
-from lambda_return_ext.critic.config import HeadConfig
+from lambda_return_ext.critic.config import HeadConfig, LoraConfig, ModelConfig
 from lambda_return_ext.critic.data import Solution, TokenPair
-from lambda_return_ext.critic.errors import UserError
+from lambda_return_ext.critic.errors import UserError, require
 
+HEAD_SETTINGS = "value_head.json"
+HEAD_TENSORS = "value_head.safetensors"
 PACKAGE_PREFIX = "package:"
 
 
@@ -30,15 +36,27 @@ class ValueModel(nn.Module):
         head: kind and size of the value head.
         bias_init: the first prediction at every token; None leaves the head as torch initialises it.
         backbone_frozen: the backbone gets no gradient and stays in evaluation mode.
+        lora: adapters that train inside a frozen backbone.
     """
 
-    def __init__(self, backbone: Any, head: HeadConfig, bias_init: float | None, backbone_frozen: bool):
+    def __init__(
+        self,
+        backbone: Any,
+        head: HeadConfig,
+        bias_init: float | None,
+        backbone_frozen: bool,
+        lora: LoraConfig | None = None,
+    ):
         super().__init__()
         self.backbone = backbone
+        self.head_config = head
         self.value_head = build_value_head(head, backbone.config.hidden_size, bias_init)
-        self.backbone_frozen = backbone_frozen
+        self.has_lora = lora is not None and lora.rank > 0
+        self.backbone_frozen = backbone_frozen and not self.has_lora
         self.autocast_dtype: torch.dtype | None = None
         backbone.requires_grad_(not backbone_frozen)
+        if lora is not None and self.has_lora:
+            add_lora(backbone, lora)
 
     def forward(self, inputs: Tensor, attention_mask: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """Values [B, T], or [total] of packed sequences.
@@ -93,45 +111,157 @@ class ValueModel(nn.Module):
 
     def saved_tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds: all tensors, without those of a frozen backbone, which its own files have."""
-        module = {"value_head": self.value_head} if self.backbone_frozen else dict(self.named_children())
-        return {f"{name}.{key}": value for name, part in module.items() for key, value in part.state_dict().items()}
+        tensors = self.state_dict()
+        if self.backbone_frozen or self.has_lora:
+            trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+            return {name: tensor for name, tensor in tensors.items() if name in trained}
+        return tensors
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the whole model, for `from_pretrained` and for transformers; LoRA adapters become part of the weights.
+
+        With a linear head it is a transformers token classification model with one label, where there is one for this
+        backbone; else the backbone as transformers saves it, and the head beside it.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.has_lora:
+            merge_lora(self.backbone)
+            self.has_lora = False
+        whole = _token_classifier(self.backbone, self.value_head) if self.head_config.type == "linear" else None
+        if whole is not None:
+            whole.save_pretrained(folder)
+            return
+        self.backbone.save_pretrained(folder)
+        save_file(self.value_head.state_dict(), folder / HEAD_TENSORS)
+        (folder / HEAD_SETTINGS).write_text(self.head_config.model_dump_json() + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> ValueModel:
+        """Load what `save_pretrained` wrote, or any token classification model of transformers with one label.
+
+        Args:
+            folder: the saved model.
+            dtype: of the backbone; the head is in float32.
+
+        Raises:
+            UserError: there is no such model in the folder.
+        """
+        from transformers import AutoModel, AutoModelForTokenClassification
+
+        folder = Path(folder)
+        try:
+            if (folder / HEAD_SETTINGS).is_file():
+                head_config = HeadConfig.model_validate_json((folder / HEAD_SETTINGS).read_text(encoding="utf-8"))
+                model = cls(AutoModel.from_pretrained(folder, dtype=dtype), head_config, None, backbone_frozen=True)
+                model.value_head.load_state_dict(load_file(folder / HEAD_TENSORS))
+                return model.eval()
+            whole = AutoModelForTokenClassification.from_pretrained(folder, dtype=dtype)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UserError(f"{folder} must be a folder that ValueModel.save_pretrained wrote: {error}") from error
+        if whole.config.num_labels != 1:
+            raise UserError(f"{folder} must hold a model with one label, got {whole.config.num_labels}")
+        model = cls(whole.base_model, HeadConfig(type="linear"), None, backbone_frozen=True)
+        model.value_head.load_state_dict(_classifier(whole).state_dict())
+        return model.eval()
 
 
 def build_value_head(config: HeadConfig, hidden_size: int, bias_init: float | None) -> nn.Module:
     """A head from [..., H] to [..., 1] that says `bias_init` everywhere until it has learned something."""
-    last = nn.Linear(hidden_size if config.type == "linear" else config.hidden_size, 1)
+    last = nn.Linear(config.hidden_size if config.type == "mlp" else hidden_size, 1)
     head: nn.Module = last
     if config.type == "mlp":
         head = nn.Sequential(nn.Linear(hidden_size, config.hidden_size), nn.GELU(), last)
+    elif config.type == "sigmoid":
+        head = nn.Sequential(last, nn.Sigmoid())
     if bias_init is not None:
         nn.init.zeros_(last.weight)
         init_value_head_bias(head, bias_init)
     return head
 
 
+def add_lora(backbone: nn.Module, config: LoraConfig) -> None:
+    """Put adapters into the linear layers of a frozen backbone; they alone train, in float32.
+
+    Raises:
+        UserError: peft is missing, or finds no such modules.
+    """
+    peft = require("peft", "model.lora", "peft")
+    settings = peft.LoraConfig(
+        r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=config.target_modules
+    )
+    try:
+        peft.inject_adapter_in_model(settings, backbone)
+    except ValueError as error:
+        raise UserError(f"model.lora.target_modules = {config.target_modules!r} does not fit: {error}") from error
+    for parameter in backbone.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def merge_lora(backbone: nn.Module) -> None:
+    """Add the adapters to the weights they belong to, and put the plain layers back."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in [*backbone.named_modules()]:
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+            backbone.set_submodule(name, module.get_base_layer())
+
+
+def _token_classifier(backbone: Any, head: nn.Module) -> Any | None:
+    """A transformers token classification model of these parts, or None where transformers has none."""
+    from transformers import AutoModelForTokenClassification
+
+    config = copy.deepcopy(backbone.config)
+    config.num_labels = 1
+    config.classifier_dropout = 0.0
+    try:
+        whole = AutoModelForTokenClassification.from_config(config, dtype=backbone.dtype)
+    except ValueError:
+        return None
+    if not isinstance(getattr(whole, whole.base_model_prefix), type(backbone)) or _classifier(whole) is None:
+        return None
+    setattr(whole, whole.base_model_prefix, backbone)
+    _classifier(whole).load_state_dict(head.state_dict())
+    return whole
+
+
+def _classifier(whole: Any) -> Any:
+    """The linear layer on top of a token classification model."""
+    return next((module for module in whole.children() if isinstance(module, nn.Linear)), None)
+
+
 class Backbone:
     """Where a pretrained model lies, and how to load its parts.
 
-    `name` is a folder that transformers can load, a GGUF file, or `package:NAME` for the one GGUF file that an
-    installed Python package ships. Nothing is downloaded and no code of the folder or package is run.
+    Its name is a folder that transformers can load, a GGUF file, `package:NAME` for the one GGUF file that an installed
+    Python package ships, or OWNER/NAME on the hub, which transformers downloads. No code of the folder, package or
+    repository is run unless `trust_remote_code` says so.
+
+    Args:
+        settings: the model section of the configuration, or the name alone.
 
     Raises:
-        UserError: there is nothing to load at `name`.
+        UserError: there is nothing to load at that name.
     """
 
-    def __init__(self, name: str):
-        self.name = name
+    def __init__(self, settings: ModelConfig | str):
+        self.settings = ModelConfig(backbone=settings) if isinstance(settings, str) else settings
+        self.name = name = self.settings.backbone
         path = _packaged_gguf(name) if name.startswith(PACKAGE_PREFIX) else Path(name)
+        self._source: dict[str, Any] = {"trust_remote_code": self.settings.trust_remote_code}
+        self._folder: Path | str = path
         if path.is_file() and path.suffix == ".gguf":
-            self._source: dict[str, Any] = {"gguf_file": path.name}
+            self._source["gguf_file"] = path.name
             self._folder = path.parent
-        elif (path / "config.json").is_file():
-            self._source = {}
-            self._folder = path
-        else:
+        elif not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+            self._source["revision"] = self.settings.revision
+            self._folder = name
+        elif not (path / "config.json").is_file():
             raise UserError(
-                "model.backbone must be a folder with a config.json, a .gguf file or package:NAME, "
-                f"got {name!r}, which is none of them"
+                "model.backbone must be a folder with a config.json, a .gguf file, package:NAME or OWNER/NAME on the "
+                f"hub, got {name!r}, which is none of them"
             )
 
     def tokenizer(self) -> Any:
@@ -155,16 +285,29 @@ class Backbone:
                     f"model.layers must be at most {config.num_hidden_layers} for {self.name}, got {layers}"
                 )
             config.num_hidden_layers = layers
+        for key, value in self.settings.config_overrides.items():
+            if not hasattr(config, key):
+                raise UserError(f"model.config_overrides.{key} must be a key of the configuration of {self.name}")
+            setattr(config, key, value)
         positions = getattr(config, "max_position_embeddings", None)
         if positions is not None and max_length > positions:
             raise UserError(f"data.max_length must be at most {positions} for {self.name}, got {max_length}")
-        return self._load(AutoModel, config=config, dtype=torch.float32)
+        if self.settings.from_scratch:
+            trust = self.settings.trust_remote_code
+            return AutoModel.from_config(config, trust_remote_code=trust, **self._how())
+        return self._load(AutoModel, config=config, **self._how())
 
     def language_model(self) -> nn.Module:
         """The whole model with its language-model head."""
         from transformers import AutoModelForCausalLM
 
-        return self._load(AutoModelForCausalLM, dtype=torch.float32)
+        return self._load(AutoModelForCausalLM, **self._how())
+
+    def _how(self) -> dict[str, Any]:
+        how: dict[str, Any] = {"dtype": getattr(torch, self.settings.dtype)}
+        if self.settings.attn_implementation is not None:
+            how["attn_implementation"] = self.settings.attn_implementation
+        return how
 
     def _load(self, auto_class: Any, **kwargs: Any) -> Any:
         from transformers.utils import logging
@@ -178,6 +321,20 @@ class Backbone:
                 return auto_class.from_pretrained(self._folder, **self._source, **kwargs)
         except (OSError, ValueError, ImportError) as error:
             raise UserError(f"model.backbone = {self.name} could not be loaded: {error}") from error
+
+
+def build_model(backbone: Backbone, max_length: int, bias_init: float | None) -> ValueModel:
+    """The value model that the configuration of a backbone describes.
+
+    Raises:
+        UserError: it cannot be loaded, or not as it is asked for.
+    """
+    settings = backbone.settings
+    base_model = backbone.base_model(settings.layers, max_length)
+    model = ValueModel(base_model, settings.head, bias_init, settings.backbone_frozen, settings.lora)
+    if settings.gradient_checkpointing:
+        model.checkpoint_gradients()
+    return model
 
 
 def _packaged_gguf(name: str) -> Path:

