@@ -49,10 +49,12 @@ struct TokenLoss {
   // The regression losses, as a function of the error.
   LAMBDA_RETURN_HOST_DEVICE TokenLossResult<acc_t> of_error(acc_t e) const {
     if (kind == LossKind::kMse) return {e * e, acc_t(2) * e, false};
-    // The derivative is e held within delta, and without a branch: this is what loops over tokens are vectorised by.
-    const acc_t held = e < -delta ? -delta : (e > delta ? delta : e);
-    const acc_t weight = kind == LossKind::kHuber ? acc_t(1) : acc_t(1) / delta;
-    return {weight * held * (e - acc_t(0.5) * held), weight * held, false};
+    const acc_t magnitude = e < 0 ? -e : e;
+    const bool inside = !(magnitude > delta);  // a NaN is, and stays one
+    const acc_t loss = inside ? acc_t(0.5) * e * e : delta * (magnitude - acc_t(0.5) * delta);
+    const acc_t derivative = inside ? e : (e < 0 ? -delta : delta);
+    return kind == LossKind::kHuber ? TokenLossResult<acc_t>{loss, derivative, false}
+                                    : TokenLossResult<acc_t>{loss / delta, derivative / delta, false};
   }
 
   // x: the head's output, v = value(x), target: G.
