@@ -50,6 +50,8 @@ def _parser() -> argparse.ArgumentParser:
     existing = train.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="go on with the run in run_dir")
     existing.add_argument("--overwrite", action="store_true", help="remove the run in run_dir and start again")
+    train.add_argument("--dry-run", action="store_true", help="check all, say what memory a rank needs, and stop")
+    train.add_argument("--ranks", type=int, default=1, metavar="N", help="processes that --dry-run reckons with")
     train.set_defaults(run=_train)
 
     evaluate = commands.add_parser("evaluate", help="evaluate the best checkpoint of a run on its validation problems")
@@ -94,9 +96,16 @@ def _parser() -> argparse.ArgumentParser:
 def _train(arguments: argparse.Namespace) -> int:
     # Imported here: the trainer's packages take seconds, which --help need not wait for.
     from lambda_return_ext.critic.config import load_config
+    from lambda_return_ext.critic.dry_run import dry_run
     from lambda_return_ext.critic.trainer import train
 
+    if arguments.ranks < 1:
+        raise UserError(f"--ranks must be at least 1, got {arguments.ranks}")
+
     config = load_config(arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        dry_run(config, arguments.ranks, resume=arguments.resume, overwrite=arguments.overwrite)
+        return 0
     train(config, resume=arguments.resume, overwrite=arguments.overwrite)
     return 0
 

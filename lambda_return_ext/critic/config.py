@@ -113,6 +113,10 @@ class LambdaReturnConfig(Section):
 
     gamma: UnitFloat = 1.0
     lam: UnitFloat = 0.95
+    lam_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    lam_start: UnitFloat = 1.0
+    lam_hold_steps: Count = 0
+    lam_decay_steps: PositiveInt | None = None
     coef: PositiveFloat = 1.0
     warmup_steps: Count = 0
     bias_init: float | None = 0.5
@@ -127,6 +131,10 @@ class ValueLossConfig(Section):
     mc_mse_coef: PositiveFloat = 1.0
     use_lambda_return: bool = False
     lambda_return: LambdaReturnConfig = LambdaReturnConfig()
+    error: Literal["mse", "huber"] = "mse"
+    huber_delta: PositiveFloat = 1.0
+    reduction: Literal["token", "sequence"] = "token"
+    output_window: PositiveInt | None = None
 
     @model_validator(mode="after")
     def _one_regression_target(self) -> ValueLossConfig:
@@ -154,6 +162,13 @@ class ValueLossConfig(Section):
         return self.lambda_return.warmup_steps if self.use_lambda_return else 0
 
 
+class EarlyStoppingConfig(Section):
+    """End a run whose validation pairwise accuracy has stopped rising."""
+
+    patience: PositiveInt | None = None
+    min_delta: Annotated[float, Field(ge=0.0)] = 0.0
+
+
 class TrainingConfig(Section):
     """The optimisation."""
 
@@ -165,11 +180,13 @@ class TrainingConfig(Section):
     precision: Literal["float32", "bfloat16"] = "float32"
     learning_rate: PositiveFloat = 1e-3
     lr_schedule: Literal["constant", "cosine"] = "cosine"
+    lr_warmup_steps: Count = 0
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
     max_grad_norm: PositiveFloat | None = 1.0
     save_every: PositiveInt = 50
     save_total_limit: PositiveInt | None = 1
     nonfinite: Literal["stop", "skip"] = "stop"
+    early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     compile: bool = False
     value_loss: ValueLossConfig = ValueLossConfig()
 
@@ -275,7 +292,7 @@ def _nearest_key(key: str) -> str:
     def likeness(candidate: str) -> float:
         whole = difflib.SequenceMatcher(None, key, candidate).ratio()
         name = difflib.SequenceMatcher(None, key.split(".")[-1], candidate.split(".")[-1]).ratio()
-        return whole + name
+        return whole + 3 * name
 
     return max(_keys(Config), key=likeness)
 

@@ -358,6 +358,7 @@ class Batch:
         terminal_rewards: float32 [2N], 1 for right and 0 for wrong.
         tokens: number of positions that are no padding.
         packing: None where the batch is padded.
+        output_mask: all output tokens, where `loss_mask` is only a window of them.
     """
 
     inputs: Tensor
@@ -366,6 +367,7 @@ class Batch:
     terminal_rewards: Tensor
     tokens: int
     packing: Packing | None = None
+    output_mask: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""

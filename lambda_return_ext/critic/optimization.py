@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lambda_return_ext.critic.config import LoraConfig, TrainingConfig
+from lambda_return_ext.critic.config import LoraConfig, TrainingConfig, ValueLossConfig
 
 
 def parameter_groups(model: nn.Module, config: TrainingConfig, lora: LoraConfig) -> list[dict[str, Any]]:
@@ -37,6 +37,29 @@ def lr_schedule(config: TrainingConfig, steps: int) -> Callable[[int], float]:
 
     It depends on the step alone, so that a checkpoint need not hold it.
     """
-    if config.lr_schedule == "constant":
-        return lambda step: 1.0
-    return lambda step: 0.5 * (1.0 + math.cos(math.pi * (step - 1) / steps))
+    warmup = config.lr_warmup_steps
+
+    def factor(step: int) -> float:
+        if step <= warmup:
+            return step / warmup
+        if config.lr_schedule == "constant":
+            return 1.0
+        return 0.5 * (1.0 + math.cos(math.pi * (step - 1 - warmup) / (steps - warmup)))
+
+    return factor
+
+
+def lam_schedule(config: ValueLossConfig, steps: int) -> Callable[[int], float]:
+    """Lambda at step 1, 2, ...: held at `lam_start`, then falling to `lam`, where it stays; 1 for Monte-Carlo."""
+    settings, last = config.lambda_return, config.gamma_lam[1]
+    if not config.use_lambda_return or settings.lam_schedule == "constant":
+        return lambda step: last
+    length = settings.lam_decay_steps or max(steps - settings.lam_hold_steps, 1)
+
+    def lam(step: int) -> float:
+        done = min(max((step - settings.lam_hold_steps) / length, 0.0), 1.0)
+        if settings.lam_schedule == "cosine":
+            done = 0.5 * (1.0 - math.cos(math.pi * done))
+        return settings.lam_start + (last - settings.lam_start) * done if done < 1.0 else last
+
+    return lam

@@ -78,6 +78,11 @@ def prepare(config: Config, ranks: Ranks | None = None) -> Task:
             f"training.value_loss.lambda_return.warmup_steps must be less than the {steps} steps of the run, "
             f"got {warmup_steps}: it would never leave the warm-up"
         )
+    if config.training.lr_warmup_steps >= steps:
+        raise UserError(
+            f"training.lr_warmup_steps must be less than the {steps} steps of the run, "
+            f"got {config.training.lr_warmup_steps}"
+        )
     torch.manual_seed(config.seed)
     model = build_model(backbone, config.data.max_length, config.training.value_loss.lambda_return.bias_init)
     if config.training.strategy == "ddp":  # else each rank puts only its shard on its device

@@ -6,6 +6,7 @@ Read `train_rank` from top to bottom: everything that can be wrong is checked be
 from __future__ import annotations
 
 import math
+import random
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -17,18 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from lambda_return_ext.critic import checkpoint
-from lambda_return_ext.critic.config import Config, TrainingConfig
+from lambda_return_ext.critic.config import Config, TrainingConfig, ValueLossConfig
 from lambda_return_ext.critic.data import Batch, Collator, TokenPair, epoch_batches
 from lambda_return_ext.critic.distributed import Ranks, gradients_wait, join_ranks, parallelize, whole
 from lambda_return_ext.critic.interrupt import Interrupted, StopRequest
-from lambda_return_ext.critic.losses import count_terms, value_loss
+from lambda_return_ext.critic.losses import count_terms, value_loss, window_mask
 from lambda_return_ext.critic.metrics import evaluate_pairs, length_baseline, likelihood_baseline
 from lambda_return_ext.critic.model import group_by_prompt
-from lambda_return_ext.critic.optimization import lr_schedule, parameter_groups
+from lambda_return_ext.critic.optimization import lam_schedule, lr_schedule, parameter_groups
 from lambda_return_ext.critic.plots import plot_curves
 from lambda_return_ext.critic.report import Display, open_log, print_data, print_results, read_metrics
 from lambda_return_ext.critic.task import Task, build_collator, load_run, prepare
 from lambda_return_ext.critic.trackers import check_trackers
+
+Place = tuple[TokenPair, float, float]  # a pair, and where the windows of its right and of its wrong side lie
 
 
 def train(config: Config, resume: bool = False, overwrite: bool = False) -> dict[str, Any] | None:
@@ -61,8 +64,8 @@ def train_rank(config: Config, ranks: Ranks, resume: bool, overwrite: bool) -> d
 
     module = parallelize(model, ranks, training)
     optimizer = torch.optim.AdamW(parameter_groups(model, training, config.model.lora))
-    lr_factor = lr_schedule(training, task.steps)
-    progress: dict[str, Any] = {"step": 0, "best": [-1.0, 0.0], "seconds": 0.0, "skipped": 0}
+    lr_factor, lam = lr_schedule(training, task.steps), lam_schedule(training.value_loss, task.steps)
+    progress: dict[str, Any] = {"step": 0, "best": [-1.0, 0.0], "seconds": 0.0, "skipped": 0, "stale": 0, "peak": -1.0}
     torch.manual_seed(config.seed + ranks.rank)  # dropout differs from rank to rank
     if newest := checkpoint.latest_checkpoint(run_dir):
         progress = checkpoint.load_checkpoint(newest, model, optimizer, ranks)
@@ -72,7 +75,6 @@ def train_rank(config: Config, ranks: Ranks, resume: bool, overwrite: bool) -> d
     lengths = [pair.length for pair in data.train]
     steps_per_epoch = math.ceil(len(data.train) / training.batch_size)
     warmup_steps = training.value_loss.warmup_steps
-    gamma, lam = training.value_loss.gamma_lam
     started = time.monotonic() - progress["seconds"]
     epoch_order: list[list[int]] = []
 
@@ -87,18 +89,24 @@ def train_rank(config: Config, ranks: Ranks, resume: bool, overwrite: bool) -> d
         StopRequest() as stop,
     ):
         for step in range(progress["step"] + 1, task.steps + 1):
+            if is_stale(progress, training):
+                display.line(f"stopped early: no better validation in {progress['stale']} turns")
+                break
             epoch, position = divmod(step - 1, steps_per_epoch)
             if position == 0 or not epoch_order:
                 epoch_order = epoch_batches(lengths, training.batch_size, config.seed, epoch)
             step_started = time.monotonic()
             pairs = [data.train[index] for index in epoch_order[position]]
             warmup = step <= warmup_steps
+            # Random numbers of the step, not of the rank: any number of ranks sees the same windows.
+            random_numbers = random.Random(f"{config.seed}:window:{step}")
+            places = [(pair, random_numbers.random(), random_numbers.random()) for pair in pairs]
             micro_batches = [
-                training_batch(collate, part, pairs[0], warmup)
-                for part in ranks.micro_batches(pairs, training.micro_batch_size)
+                training_batch(collate, part, places[0], warmup, training.value_loss.output_window)
+                for part in ranks.micro_batches(places, training.micro_batch_size)
             ]
             # One sum over all ranks before the first backward: each loss is a part of the means over all of them.
-            *counts, tokens, stopping = ranks.sum(tally(micro_batches, stop)).tolist()
+            *counts, tokens, stopping = ranks.sum(tally(training.value_loss, micro_batches, stop)).tolist()
             if stopping:
                 save()
                 raise Interrupted(stop.received or signal.SIGTERM, progress["step"])
@@ -106,10 +114,15 @@ def train_rank(config: Config, ranks: Ranks, resume: bool, overwrite: bool) -> d
             model.train()
             optimizer.zero_grad(set_to_none=True)
             sums: dict[str, Tensor] = {}
+            # Tensors: numbers that change from step to step would be compiled anew each time.
+            common = (
+                torch.tensor(counts, device=ranks.device),
+                torch.tensor(lam(step), dtype=torch.float64, device=ranks.device),
+            )
             for number, micro_batch in enumerate(micro_batches, 1):
                 batch = micro_batch.to(ranks.device)
                 with gradients_wait(module, number < len(micro_batches)):
-                    loss, terms = forward_loss(batch, torch.tensor(counts, device=ranks.device))
+                    loss, terms = forward_loss(batch, *common)
                     (loss * ranks.size).backward()  # gradients are averaged over ranks
                 for name, term in {"train/loss": loss.detach(), **terms}.items():
                     sums[name] = sums.get(name, 0.0) + term
@@ -121,8 +134,8 @@ def train_rank(config: Config, ranks: Ranks, resume: bool, overwrite: bool) -> d
                 "train/lr": training.learning_rate * lr_factor(step),
                 "train/warmup_active": int(warmup),
                 "train/epoch": epoch + (position + 1) / steps_per_epoch,
-                "config/gamma": gamma,
-                "config/lambda": lam,
+                "config/gamma": training.value_loss.gamma_lam[0],
+                "config/lambda": lam(step),
             }
             if math.isfinite(metrics["train/loss"]) and math.isfinite(metrics["train/grad_norm"]):
                 for group in optimizer.param_groups:
@@ -144,6 +157,7 @@ def train_rank(config: Config, ranks: Ranks, resume: bool, overwrite: bool) -> d
                 log.write(step, measured)
                 display.line(f"step {step}: {describe(measured)}")
                 rank = [measured["validation/pairwise_accuracy"], measured["validation/margin"]]
+                progress |= staleness(progress, rank[0], training)
                 if rank > progress["best"]:
                     progress["best"] = rank
                     checkpoint.save_best(run_dir, model, {"step": step, "metrics": measured}, ranks)
@@ -154,29 +168,50 @@ def train_rank(config: Config, ranks: Ranks, resume: bool, overwrite: bool) -> d
     return ranks.on_first(lambda: report(task, progress, display))
 
 
-def training_batch(collate: Collator, pairs: Sequence[TokenPair], filler: TokenPair, warmup: bool) -> Batch:
+def training_batch(
+    collate: Collator, places: Sequence[Place], filler: Place, warmup: bool, window: int | None
+) -> Batch:
     """A micro-batch as the loss is to see it.
 
     Args:
         collate: makes a batch.
-        pairs: this rank's pairs; where there are none, the batch has no loss, and keeps step with the other ranks.
+        places: this rank's pairs; where there are none, the batch has no loss, and keeps step with the other ranks.
         filler: stands in for no pairs.
         warmup: the loss sees only the last token of each solution.
+        window: else only so many output tokens of each, at its place.
     """
-    batch = collate(pairs or [filler])
-    if not pairs:
+    batch = collate([pair for pair, *_ in places or [filler]])
+    batch = replace(batch, output_mask=None if window is None else batch.loss_mask)
+    if not places:
         return replace(batch, loss_mask=torch.zeros_like(batch.loss_mask), tokens=0)
-    # Of one dtype in both phases, so that leaving the warm-up compiles nothing anew.
-    return replace(batch, loss_mask=batch.last_tokens()) if warmup else batch
+    if warmup:  # of the same dtype as after it, so that leaving the warm-up compiles nothing anew
+        return replace(batch, loss_mask=batch.last_tokens())
+    if window is None:
+        return batch
+    _, right, wrong = zip(*places, strict=True)
+    where = torch.tensor(right + wrong, dtype=torch.float64)
+    return replace(batch, loss_mask=window_mask(batch.loss_mask, batch.packing, where, window))
 
 
-def tally(micro_batches: Sequence[Batch], stop: StopRequest) -> Tensor:
+def tally(loss: ValueLossConfig, micro_batches: Sequence[Batch], stop: StopRequest) -> Tensor:
     """What the ranks must know of one another before a step, [5], int64.
 
     The counts of the loss, the tokens that the model reads, and whether a rank was asked to stop.
     """
-    counts = torch.stack([count_terms(batch.loss_mask, batch.packing) for batch in micro_batches]).sum(0)
+    counts = torch.stack([count_terms(loss, batch.loss_mask, batch.packing) for batch in micro_batches]).sum(0)
     return torch.cat([counts, torch.tensor([sum(batch.tokens for batch in micro_batches), int(stop.received > 0)])])
+
+
+def staleness(progress: dict[str, Any], accuracy: float, config: TrainingConfig) -> dict[str, Any]:
+    """The highest validation accuracy, and how many validations ago it was reached."""
+    if accuracy > progress["peak"] + (config.early_stopping.min_delta if progress["peak"] >= 0 else 0.0):
+        return {"peak": accuracy, "stale": 0}
+    return {"stale": progress["stale"] + 1}
+
+
+def is_stale(progress: dict[str, Any], config: TrainingConfig) -> bool:
+    """Whether the run is to stop early."""
+    return progress["stale"] >= (config.early_stopping.patience or math.inf)
 
 
 def report(task: Task, progress: dict[str, Any], display: Display) -> dict[str, Any]:
@@ -184,7 +219,7 @@ def report(task: Task, progress: dict[str, Any], display: Display) -> dict[str, 
     run_dir = Path(task.config.run_dir)
     _, best = checkpoint.load_tensors(run_dir / checkpoint.BEST)
     records = [record for record in read_metrics(run_dir) if "validation/pairwise_accuracy" in record]
-    last = {"step": task.steps, "metrics": {name: value for name, value in records[-1].items() if name != "step"}}
+    last = {"step": progress["step"], "metrics": {name: value for name, value in records[-1].items() if name != "step"}}
     results = finish(task, run_dir, {"best": best, "last": last}, display)
     checkpoint.write_json(run_dir / checkpoint.RESULTS, results)
     plot_curves(run_dir, results)
@@ -208,10 +243,19 @@ def evaluate(run: str) -> dict[str, Any]:
 def build_forward_loss(module: nn.Module, config: TrainingConfig) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
     """Forward and loss as one function of tensors, compiled whole where the configuration says so."""
 
-    def forward_loss(batch: Batch, counts: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward_loss(batch: Batch, counts: Tensor, lam: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         values = module(batch.inputs, batch.attention_mask, batch.packing and batch.packing.cu_seqlens)
-        masks = batch.attention_mask, batch.loss_mask
-        return value_loss(config.value_loss, values, *masks, batch.terminal_rewards, batch.packing, counts)
+        return value_loss(
+            config.value_loss,
+            values,
+            batch.attention_mask,
+            batch.loss_mask,
+            batch.terminal_rewards,
+            batch.packing,
+            counts,
+            lam,
+            batch.output_mask,
+        )
 
     if not config.compile:
         return forward_loss

@@ -22,6 +22,13 @@ STRATEGIES = ("ddp", "fsdp")
 LOSSES = {
     "lambda": ["training.value_loss.use_lambda_return=true"],
     "pairwise": ["training.value_loss.use_lambda_return=false", "training.value_loss.use_pairwise=true"],
+    "huber by sequence in a window": [
+        "training.value_loss.use_lambda_return=true",
+        "training.value_loss.error=huber",
+        "training.value_loss.huber_delta=0.3",
+        "training.value_loss.reduction=sequence",
+        "training.value_loss.output_window=4",
+    ],
     "both": ["training.value_loss.use_lambda_return=true", "training.value_loss.use_pairwise=true"],
 }
 # Pairs in a batch and in a micro-batch: even shares, two micro-batches a rank, and one pair for two ranks.
@@ -34,18 +41,20 @@ def step(task, module, pairs, micro_batch_size):
     """Loss and gradients of one batch, as the training loop computes them."""
     ranks, model = task.ranks, task.model
     collate = build_collator(task, [], Display(quiet=True))
-    parts = ranks.micro_batches(pairs, micro_batch_size)
-    batches = [training_batch(collate, part, pairs[0], warmup=False) for part in parts]
-    *counts, tokens, _ = ranks.sum(tally(batches, StopRequest())).tolist()
+    places = [(pair, 0.3 + 0.01 * i, 0.9 - 0.02 * i) for i, pair in enumerate(pairs)]
+    parts = ranks.micro_batches(places, micro_batch_size)
+    loss, window = task.config.training.value_loss, task.config.training.value_loss.output_window
+    batches = [training_batch(collate, part, places[0], False, window) for part in parts]
+    *counts, tokens, _ = ranks.sum(tally(loss, batches, StopRequest())).tolist()
     forward_loss = build_forward_loss(module, task.config.training)
     model.train()
     model.zero_grad(set_to_none=True)
     total = torch.zeros(())
     for number, batch in enumerate(batches, 1):
         with gradients_wait(module, number < len(batches)):
-            loss, _ = forward_loss(batch, torch.tensor(counts))
-            (loss * ranks.size).backward()
-        total += loss.detach()
+            part, _ = forward_loss(batch, torch.tensor(counts), torch.tensor(0.9, dtype=torch.float64))
+            (part * ranks.size).backward()
+        total += part.detach()
     gradients = {name: whole(parameter.grad).clone() for name, parameter in model.named_parameters()}
     return {"loss": ranks.sum(total), "tokens": torch.tensor(tokens), **gradients}
 

@@ -19,7 +19,21 @@ def test_absent_loss_keys_mean_the_documented_defaults(tmp_path):
         "use_mc_mse": False,
         "mc_mse_coef": 1.0,
         "use_lambda_return": False,
-        "lambda_return": {"gamma": 1.0, "lam": 0.95, "coef": 1.0, "warmup_steps": 0, "bias_init": 0.5},
+        "lambda_return": {
+            "gamma": 1.0,
+            "lam": 0.95,
+            "lam_schedule": "constant",
+            "lam_start": 1.0,
+            "lam_hold_steps": 0,
+            "lam_decay_steps": None,
+            "coef": 1.0,
+            "warmup_steps": 0,
+            "bias_init": 0.5,
+        },
+        "error": "mse",
+        "huber_delta": 1.0,
+        "reduction": "token",
+        "output_window": None,
     }
     assert loss.is_off
 

@@ -293,6 +293,7 @@ def test_resume_refuses_another_configuration_or_other_data(train, run_dir, conf
 @pytest.mark.parametrize(("cached", "packed"), [(True, False), (False, False), (True, True)])
 def test_compiled_training_equals_eager_and_never_recompiles(train, run_dir, monkeypatch, cached, packed):
     settings = [WELL_CONDITIONED, f"model.cache_features={cached}".lower(), f"data.packing={packed}".lower()]
+    settings += [f"{LOSS}.lambda_return.lam_schedule=cosine", f"{LOSS}.lambda_return.lam_hold_steps=4"]
     assert train(*settings, f"run_dir={run_dir}-eager") == 0
     if not cached:  # the whole transformer is in one graph too; inductor would take a minute over it
         monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
@@ -300,6 +301,7 @@ def test_compiled_training_equals_eager_and_never_recompiles(train, run_dir, mon
     with torch._dynamo.config.patch(error_on_recompile=True):
         assert train(*settings, "training.compile=true") == 0
     assert [record["train/warmup_active"] for record in steps_of(run_dir)] == [1] * 3 + [0] * 15
+    assert len({record["config/lambda"] for record in steps_of(run_dir)}) == 15  # held, then another at each step
     assert_alike(run_dir, Path(f"{run_dir}-eager"))
 
 

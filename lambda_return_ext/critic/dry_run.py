@@ -1,0 +1,120 @@
+"""`lambda-critic train --dry-run`: check a configuration, its data and its model, and say what memory a rank needs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from rich.table import Table
+from torch import nn
+
+from lambda_return_ext.critic import checkpoint
+from lambda_return_ext.critic.config import Config
+from lambda_return_ext.critic.report import Display, print_data
+from lambda_return_ext.critic.task import Task, prepare
+from lambda_return_ext.critic.trackers import check_trackers
+
+GIB = 2**30
+ADAM_SLOTS = 2
+# Korthikanti et al. 2022 (arXiv:2205.05198), section 4.1, without the attention scores, which fused attention does not
+# keep: 34 bytes of activations a token, layer and hidden unit in 16 bits.
+ACTIVATIONS = 17
+
+
+def dry_run(config: Config, ranks: int, resume: bool = False, overwrite: bool = False) -> dict[str, int]:
+    """Show the resolved configuration, the data and the memory per rank; write nothing and train nothing.
+
+    Args:
+        config: the run.
+        ranks: number of processes that it is to have.
+        resume: as of `train`.
+        overwrite: as of `train`.
+
+    Returns:
+        What `memory_per_rank` says.
+
+    Raises:
+        UserError: something is wrong that a run would refuse.
+    """
+    checkpoint.check_run_dir(config, resume, overwrite)
+    check_trackers(config)
+    task, display = prepare(config), Display()
+    display.line(config.to_yaml().rstrip())
+    print_data(display, task.summary())
+    memory = memory_per_rank(task, ranks)
+    parameters = [*task.model.parameters()]
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    everything = sum(parameter.numel() for parameter in parameters)
+    display.line(f"{everything:,} parameters, of which {trained:,} train; {task.steps} steps")
+    display.line(f"device memory of each of {ranks} ranks, {config.training.strategy}:")
+    table = Table()
+    table.add_column("")
+    table.add_column("GiB", justify="right")
+    for name, size in memory.items():
+        table.add_row(name, f"{size / GIB:.3f}")
+    table.add_section()
+    table.add_row("together", f"{sum(memory.values()) / GIB:.3f}")
+    display.console.print(table)
+    if config.model.cache_features:
+        size = cached_features(task)
+        display.line(f"cached features: {size / GIB:.3f} GiB of main memory in each process")
+    return memory
+
+
+def memory_per_rank(task: Task, ranks: int) -> dict[str, int]:
+    """Bytes on the device of each rank, by what they are for.
+
+    Parameters, gradients and AdamW's two moments are counted. Activations are an estimate for the longest batch that
+    the configuration allows; allocator and libraries come on top, a GiB or so.
+
+    Args:
+        task: the run.
+        ranks: number of processes.
+    """
+    config, model = task.config, task.model
+    training, sharded = config.training, config.training.strategy == "fsdp"
+    share = ranks if sharded else 1
+    held = sum(_bytes(parameter) for parameter in model.parameters())
+    trained = sum(_bytes(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    memory = {
+        "parameters": math.ceil(held / share),
+        "gradients": math.ceil(trained / share),
+        "AdamW moments": math.ceil(ADAM_SLOTS * trained / share),
+    }
+    half = training.precision == "bfloat16" or config.model.dtype == "bfloat16"
+    if sharded:
+        blocks = [*model.backbone_layers(), model.value_head]
+        gathered = max(sum(_bytes(parameter, half) for parameter in block.parameters()) for block in blocks)
+        outside = sum(_bytes(parameter, half) for parameter in model.backbone.parameters()) - sum(
+            _bytes(parameter, half) for layer in model.backbone_layers() for parameter in layer.parameters()
+        )
+        memory["gathered layers (two at a time) and embedding"] = 2 * gathered + outside
+    pairs = math.ceil(training.batch_size / ranks)
+    tokens = 2 * min(pairs, training.micro_batch_size or pairs) * config.data.max_length
+    memory["activations, about"] = tokens * _activations_of_a_token(task, 2 if half else 4)
+    return memory
+
+
+def _bytes(parameter: nn.Parameter, half: bool = False) -> int:
+    return parameter.numel() * (min(parameter.itemsize, 2) if half else parameter.itemsize)
+
+
+def _activations_of_a_token(task: Task, itemsize: int) -> int:
+    model, width = task.model, task.model.backbone.config.hidden_size
+    head = 4 * (width + 2 * task.config.model.head.hidden_size)
+    if task.config.model.cache_features:
+        return head
+    layers = max(len(model.backbone_layers()), 1)
+    if model.backbone_frozen:
+        return head + ACTIVATIONS * width * itemsize
+    if task.config.model.gradient_checkpointing:
+        return head + (layers + ACTIVATIONS) * width * itemsize
+    return head + layers * ACTIVATIONS * width * itemsize
+
+
+def cached_features(task: Task) -> int:
+    """Bytes of the features of all output tokens, each distinct solution once."""
+    pairs = task.data.train + task.data.validation
+    solutions: dict[Any, None] = dict.fromkeys(side for pair in pairs for side in (pair.right, pair.wrong))
+    itemsize = 2 if task.config.model.dtype == "bfloat16" else 4
+    return sum(len(solution.output_ids) for solution in solutions) * task.model.backbone.config.hidden_size * itemsize
