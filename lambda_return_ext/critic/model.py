@@ -128,6 +128,7 @@ class ValueModel(nn.Module):
         if self.has_lora:
             merge_lora(self.backbone)
             self.has_lora = False
+        forget_gguf(self.backbone)
         whole = _token_classifier(self.backbone, self.value_head) if self.head_config.type == "linear" else None
         if whole is not None:
             whole.save_pretrained(folder)
@@ -207,6 +208,16 @@ def merge_lora(backbone: nn.Module) -> None:
         if isinstance(module, BaseTunerLayer):
             module.merge()
             backbone.set_submodule(name, module.get_base_layer())
+
+
+def forget_gguf(backbone: Any) -> None:
+    """Let transformers save weights that it read from a GGUF file: they are plain tensors, but it thinks otherwise."""
+    quantizer = getattr(backbone, "hf_quantizer", None)
+    if quantizer is None or quantizer.quantization_config.quant_method != "gguf":
+        return
+    backbone.hf_quantizer = None
+    backbone.is_quantized = False
+    del backbone.config.quantization_config
 
 
 def _token_classifier(backbone: Any, head: nn.Module) -> Any | None:

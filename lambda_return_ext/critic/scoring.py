@@ -104,6 +104,8 @@ def export_run(run: str, output: str) -> None:
         with checkpoint.atomic_folder(Path(output)) as temporary:
             critic.model.to("cpu").save_pretrained(temporary)
             critic.tokenizer.save_pretrained(temporary)
+    except ValueError as error:  # transformers: a quantized backbone that has no form on disk
+        raise UserError(f"{run} has a backbone that cannot be saved: {error}") from error
     except (OSError, SafetensorError) as error:
         raise UserError(f"FOLDER must be writable and have room, got {output!r}: {error}") from error
 

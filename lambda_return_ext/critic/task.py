@@ -64,6 +64,7 @@ def prepare(config: Config, ranks: Ranks | None = None) -> Task:
         )
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    to_be_sharded = ranks is not None and config.training.strategy == "fsdp"
     ranks = ranks or Ranks(0, 1, choose_device(config.device))
     if config.training.compile and ranks.size > 1:
         raise UserError(f"training.compile must be false under torchrun, got true with {ranks.size} processes")
@@ -85,7 +86,7 @@ def prepare(config: Config, ranks: Ranks | None = None) -> Task:
         )
     torch.manual_seed(config.seed)
     model = build_model(backbone, config.data.max_length, config.training.value_loss.lambda_return.bias_init)
-    if config.training.strategy == "ddp":  # else each rank puts only its shard on its device
+    if not to_be_sharded:  # else each rank puts only its shard on its device
         model.to(ranks.device)
         model.autocast_dtype = torch.bfloat16 if config.training.precision == "bfloat16" else None
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0

@@ -182,6 +182,10 @@ def test_one_process_can_run_the_sharded_path_and_repeats_itself(train, run_dir)
     for name in ("", "-again"):
         assert train(*WHOLE, "training.strategy=fsdp", "training.max_steps=6", f"run_dir={run_dir}{name}") == 0
     assert without_timing(run_dir) == without_timing(Path(f"{run_dir}-again"))
+    results = json.loads((run_dir / "results.json").read_text(encoding="utf-8"))
+    again = trainer.evaluate(str(run_dir))["checkpoints"]["best"]["metrics"]
+    for name, value in results["checkpoints"]["best"]["metrics"].items():
+        assert again[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
 
 
 @pytest.mark.slow

