@@ -121,6 +121,7 @@ def load_critic(run: str) -> Critic:
         torch.set_num_threads(config.threads)
     device, backbone = choose_device(config.device), Backbone(config.model)
     model = build_model(backbone, config.data.max_length, None)
+    model.autocast_dtype = torch.bfloat16 if config.training.precision == "bfloat16" else None
     checkpoint.load_model(model, checkpoint.load_tensors(Path(run) / checkpoint.BEST)[0])
     return Critic(config, model.to(device).eval(), backbone.tokenizer(), device)
 
