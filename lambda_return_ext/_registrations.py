@@ -49,14 +49,20 @@ def _register_autograd(
         setup(ctx, inputs, output)
         return output
 
+    def backward_if_any(ctx: Any, *grads: Any) -> Any:
+        """Gradients are not materialised: where only constants are used, there is none."""
+        return backward(ctx, *grads) if grads[0] is not None else (None,) * len(ctx.needs_input_grad)
+
     def vmap(info: Any, in_dims: tuple, *inputs: Any) -> Any:
         return _batched(operator, info, in_dims, *inputs)
+
+    plain_backward = backward_if_any if constants else backward
 
     def function(**methods: Callable[..., Any]) -> type[Function]:
         return type(name, (Function,), {key: staticmethod(method) for key, method in methods.items()})
 
-    _functions[operator] = function(forward=forward_and_setup, backward=backward)
-    _transformable[operator] = function(forward=forward, setup_context=setup, backward=backward, vmap=vmap)
+    _functions[operator] = function(forward=forward_and_setup, backward=plain_backward)
+    _transformable[operator] = function(forward=forward, setup_context=setup, backward=plain_backward, vmap=vmap)
 
 
 def call(operator: Any, *args: Any) -> Any:
