@@ -115,7 +115,7 @@ def token_losses(
         old_values = torch.where(counts, old_values.to(outputs.dtype), 0.5)
         held = of(old_values + (outputs - old_values).clamp(-clip_range, clip_range))
         clipped = held > losses
-        losses = torch.maximum(losses, held)
+        losses = torch.where(clipped, held, losses)  # not maximum, which halves the gradient where both are equal
     with torch.no_grad():
         kept = torch.stack([targets, targets**2, targets - values, (targets - values) ** 2, clipped]).to(torch.float64)
         statistics = torch.where(counts, torch.cat([torch.ones_like(kept[:1]), kept]), 0.0).flatten(1).sum(1)
