@@ -1,0 +1,220 @@
+"""One contestant on one split with one seed: the trainer's own parts on cached features, and what is kept of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lambda_return_ext import init_value_head_bias
+from lambda_return_ext.critic.config import Config
+from lambda_return_ext.critic.data import Collator, PairData, Solution, TokenPair, epoch_batches
+from lambda_return_ext.critic.losses import count_terms, value_loss
+from lambda_return_ext.critic.metrics import evaluate_pairs, length_baseline, measure_batch
+from lambda_return_ext.critic.model import ValueModel
+from lambda_return_ext.critic.optimization import lam_schedule, lr_schedule, parameter_groups
+from lambda_return_ext.critic.trainer import training_batch
+
+KEPT = ("pairwise_accuracy", "last_token_accuracy", "margin", "token_variance_right", "token_variance_wrong", "loss")
+
+
+@dataclass(frozen=True)
+class Contest:
+    """One run to be made."""
+
+    data_set: str
+    regime: str
+    contestant: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        return f"{self.data_set}-{self.regime}-{self.contestant}-{self.seed}"
+
+
+class Features(nn.Module):
+    """Stands where the backbone does: its features were computed before."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.config = SimpleNamespace(hidden_size=hidden_size)
+
+
+class BlockHead(nn.Module):
+    """One causal transformer block over the features of the output tokens, and a linear layer.
+
+    Args:
+        hidden_size: of the features.
+        width: of the block.
+        bias_init: the first prediction, as that of the other heads.
+    """
+
+    def __init__(self, hidden_size: int, width: int, bias_init: float | None):
+        super().__init__()
+        self.into = nn.Linear(hidden_size, width)
+        self.block = nn.TransformerEncoderLayer(
+            width, 4, 2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.last = nn.Linear(width, 1)
+        if bias_init is not None:
+            nn.init.zeros_(self.last.weight)
+            init_value_head_bias(self.last, bias_init)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Values [B, T, 1] of features [B, T, H]; padding is on the right, where the causal mask keeps it apart."""
+        mask = nn.Transformer.generate_square_subsequent_mask(features.shape[1])
+        return self.last(self.block(self.into(features), src_mask=mask, is_causal=True))
+
+
+def run_config(settings: Mapping[str, Any], contest: Contest, train_problems: int | None) -> Config:
+    """The configuration that the trainer would be given for this run."""
+    chosen = {key: value for key, value in settings["contestants"][contest.contestant].items() if key != "head"}
+    run, features, data = settings["run"], settings["features"], settings["data_sets"][contest.data_set]
+    return Config.model_validate(
+        {
+            "run_dir": "unused",
+            "seed": contest.seed,
+            "data": {
+                "path": str(Path(settings["folder"]) / f"{contest.data_set}.jsonl"),
+                "max_length": features["max_length"],
+                "validation_problems": data["validation_problems"],
+                "train_problems": train_problems,
+                "split_seed": contest.seed,
+            },
+            "model": {
+                "backbone": features["backbone"],
+                "layers": features["layers"],
+                "head": {"type": head_type(settings, contest), "hidden_size": run["hidden_size"]},
+            },
+            "training": {
+                "epochs": 10**6,
+                "max_steps": run["steps"],
+                "batch_size": run["batch_size"],
+                "learning_rate": run["learning_rate"],
+                "value_loss": chosen,
+            },
+        }
+    )
+
+
+def head_type(settings: Mapping[str, Any], contest: Contest) -> str:
+    """Of the heads that the package has; the block is put in its place."""
+    head = settings["contestants"][contest.contestant].get("head", "mlp")
+    return "mlp" if head == "block" else head
+
+
+def build(config: Config, hidden_size: int, block: bool) -> ValueModel:
+    """The model of a run, as the trainer initialises it."""
+    bias = config.training.value_loss.lambda_return.bias_init
+    torch.manual_seed(config.seed)
+    model = ValueModel(Features(hidden_size), config.model.head, bias, backbone_frozen=True)
+    if block:
+        model.value_head = BlockHead(hidden_size, config.model.head.hidden_size, bias)
+    return model
+
+
+def train(
+    config: Config, model: ValueModel, data: PairData, collate: Collator, checks: list[int]
+) -> tuple[list[dict[str, float]], list[float]]:
+    """The steps of `lambda-critic train`, and nothing else of it; a test holds the two together.
+
+    Returns:
+        What was measured before the first step and after those of `checks`, and the largest gradient with respect to
+        the value of a token that is not the last of its solution, in every step of the warm-up.
+    """
+    training, steps = config.training, config.training.max_steps
+    assert steps is not None
+    optimizer = torch.optim.AdamW(parameter_groups(model, training, config.model.lora))
+    lr_factor, lam = lr_schedule(training, steps), lam_schedule(training.value_loss, steps)
+    torch.manual_seed(config.seed)
+    lengths = [pair.length for pair in data.train]
+    batches: list[list[int]] = []
+    trace, elsewhere = [measure(config, model, data, collate, 0)], []
+    for step in range(1, steps + 1):
+        if not batches:
+            epoch = (step - 1) // -(-len(lengths) // training.batch_size)
+            batches = epoch_batches(lengths, training.batch_size, config.seed, epoch)[::-1]
+        places = [(data.train[index], 0.0, 0.0) for index in batches.pop()]
+        warmup = step <= training.value_loss.warmup_steps
+        batch = training_batch(collate, places, places[0], warmup, None)
+        model.train()
+        optimizer.zero_grad(set_to_none=True)
+        counts = count_terms(training.value_loss, batch.loss_mask)
+        values = model(batch.inputs, batch.attention_mask)
+        values.retain_grad()
+        masks = batch.attention_mask, batch.loss_mask, batch.terminal_rewards
+        lam_now = torch.tensor(lam(step), dtype=torch.float64)
+        value_loss(training.value_loss, values, *masks, None, counts, lam_now)[0].backward()
+        if warmup:
+            assert values.grad is not None
+            elsewhere.append(values.grad.masked_fill(batch.loss_mask, 0.0).abs().max().item())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm or float("inf"))
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * lr_factor(step)
+        optimizer.step()
+        if step in checks:
+            trace.append(measure(config, model, data, collate, step))
+    return trace, elsewhere
+
+
+def measure(config: Config, model: ValueModel, data: PairData, collate: Collator, step: int) -> dict[str, float]:
+    """Validation and all training pairs."""
+    row: dict[str, float] = {"step": step}
+    for part, pairs in (("validation", data.validation), ("train", data.train)):
+        measured = evaluate_pairs(model, config.training.value_loss, pairs, collate, 32)
+        row |= {f"{part}_{name}": measured[name] for name in KEPT}
+        row |= {f"{part}_mean": (measured["mean_right"] + measured["mean_wrong"]) / 2}
+    return row
+
+
+@torch.no_grad()
+def ranked(config: Config, model: ValueModel, pairs: list[TokenPair], collate: Collator) -> dict[str, list[int]]:
+    """Of each problem, for each of its pairs, 1 where the right solution is above the wrong one."""
+    model.eval()
+    found: dict[str, list[int]] = {}
+    for start in range(0, len(pairs), 32):
+        part = pairs[start : start + 32]
+        batch = collate.pad(part)
+        record = measure_batch(model(batch.inputs, batch.attention_mask), batch, config.training.value_loss)
+        right = (record["mean_right"] > record["mean_wrong"]).int().tolist()
+        for pair, one in zip(part, right, strict=True):
+            found.setdefault(pair.problem, []).append(one)
+    return found
+
+
+def run(
+    settings: Mapping[str, Any],
+    contest: Contest,
+    config: Config,
+    data: PairData,
+    features: Mapping[Solution, Tensor],
+    human_eval: list[TokenPair],
+) -> dict[str, Any]:
+    """Train and measure one contestant."""
+    started = time.monotonic()
+    collate = Collator(0, features)
+    block = settings["contestants"][contest.contestant].get("head") == "block"
+    model = build(config, next(iter(features.values())).shape[1], block)
+    trace, elsewhere = train(config, model, data, collate, settings["run"]["checks"])
+    return {
+        "data_set": contest.data_set,
+        "regime": contest.regime,
+        "contestant": contest.contestant,
+        "seed": contest.seed,
+        "train_problems": len({pair.problem for pair in data.train}),
+        "train_pairs": len(data.train),
+        "validation_pairs": len(data.validation),
+        "trace": trace,
+        "warmup_gradient_elsewhere": max(elsewhere, default=None),
+        "validation": ranked(config, model, data.validation, collate),
+        "human_eval": ranked(config, model, human_eval, collate) if human_eval else {},
+        "length": length_baseline(data.train, data.validation)[1],
+        "seconds": round(time.monotonic() - started, 1),
+    }

@@ -1,0 +1,186 @@
+"""Everything before the first run: the backbone on disk, the data sets, and the features of all their solutions."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from experiments.programs import human_eval_pairs, make_hard_pairs, read_records, take
+from experiments.rollouts import make_rollouts
+from lambda_return_ext.critic.checkpoint import atomic_folder, atomic_path
+from lambda_return_ext.critic.codeio.build import write_jsonl
+from lambda_return_ext.critic.config import DataConfig, ModelConfig
+from lambda_return_ext.critic.data import PairData, Solution, TokenPair, read_examples, select_pairs
+from lambda_return_ext.critic.metrics import likelihood_baseline
+from lambda_return_ext.critic.model import Backbone, compute_features, forget_gguf, group_by_prompt
+
+DATA_SETS = ("rollouts", "mutants", "hard", "human_eval")
+Settings = Mapping[str, Any]
+
+
+def save_backbone(settings: Settings) -> Path:
+    """The backbone as a folder: reading the GGUF file takes a quarter of a minute each time, this one second."""
+    folder = Path(settings["folder"]) / "backbone"
+    if not folder.exists():
+        packaged = Backbone(settings["features"]["backbone"])
+        model, tokenizer = packaged.language_model(), packaged.tokenizer()
+        forget_gguf(model)
+        with atomic_folder(folder) as temporary:
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+    return folder
+
+
+def sample_rollouts(settings: Settings, part: int, parts: int) -> None:
+    """This process's share of the rollouts."""
+    chosen = settings["rollouts"]
+    backbone = Backbone(ModelConfig(backbone=str(save_backbone(settings)), dtype=chosen["dtype"]))
+    folder = Path(settings["folder"]) / "rollouts"
+    make_rollouts(chosen, backbone.language_model().eval(), backbone.tokenizer(), folder, part, parts)
+
+
+def pair_rollouts(settings: Settings) -> None:
+    """`rollouts.jsonl`: in each problem right and wrong answers of similar length that part ways early."""
+    chosen, records = settings["pairing"], []
+    tokenizer = Backbone(str(save_backbone(settings))).tokenizer()
+    for path in sorted((Path(settings["folder"]) / "rollouts").glob("*.json")):
+        for problem in read_json(path):
+            judged = list(zip(problem["answers"], problem["right"], strict=True))
+            right, wrong = (sorted({text for text, label in judged if label is wanted}) for wanted in (True, False))
+            ids = {text: tokenizer(text)["input_ids"] for text in right + wrong}
+            for one, other in choose_pairs(right, wrong, ids, chosen["pairs"], chosen["length_bin"]):
+                question = problem["prompt"].rpartition("Q: ")[2].removesuffix("\nA:")
+                name = f"{problem['family']}: {question}"
+                records.append({"problem_id": name, "prompt": problem["prompt"], "chosen": one, "rejected": other})
+    write_jsonl(records, Path(settings["folder"]) / "rollouts.jsonl")
+
+
+def choose_pairs(
+    right: list[str], wrong: list[str], ids: Mapping[str, list[int]], limit: int, length_bin: int
+) -> list[tuple[str, str]]:
+    """Pairs within a bin of length; every answer as seldom as can be, then those that part ways earliest."""
+
+    def shared(pair: tuple[str, str]) -> int:
+        one, other = ids[pair[0]], ids[pair[1]]
+        together = zip(one, other, strict=False)
+        return next((i for i, (a, b) in enumerate(together) if a != b), min(len(one), len(other)))
+
+    left = [
+        (one, other) for one in right for other in wrong if len(ids[one]) // length_bin == len(ids[other]) // length_bin
+    ]
+    used: dict[str, int] = defaultdict(int)
+    chosen = []
+    while left and len(chosen) < limit:
+        pair = min(left, key=lambda pair: (used[pair[0]] + used[pair[1]], shared(pair), pair))
+        left.remove(pair)
+        chosen.append(pair)
+        for text in pair:
+            used[text] += 1
+    return chosen
+
+
+def make_program_pairs(settings: Settings) -> None:
+    """`mutants.jsonl`, `hard.jsonl` and `human_eval.jsonl`, those that are not there."""
+    folder, chosen = Path(settings["folder"]), settings["programs"]
+    records = read_records(Path(chosen["source"]))
+    if not (folder / "mutants.jsonl").exists():
+        write_jsonl(take(records, chosen["problems"], chosen["pairs"]), folder / "mutants.jsonl")
+    if not (folder / "hard.jsonl").exists():
+        tokenizer = Backbone(str(save_backbone(settings))).tokenizer()
+        tried = take(records, chosen["tried"], chosen["pairs"])
+        how = {**chosen["hard"], "problems": chosen["problems"], "pairs": chosen["pairs"]}
+        print(make_hard_pairs(tried, how, tokenizer, folder / "hard.jsonl"), flush=True)
+    if not (folder / "human_eval.jsonl").exists():
+        print(human_eval_pairs(chosen["human_eval"], folder / "human_eval.jsonl"), flush=True)
+
+
+def load_pairs(settings: Settings, name: str, validation: int, train: int | None, seed: int) -> PairData:
+    """The pairs of a data set, split by problem."""
+    config = DataConfig(
+        path=str(Path(settings["folder"]) / f"{name}.jsonl"),
+        max_length=settings["features"]["max_length"],
+        validation_problems=validation,
+        train_problems=train,
+        split_seed=seed,
+    )
+    return select_pairs(read_examples(config)[0], Backbone(str(save_backbone(settings))).tokenizer(), config)
+
+
+def all_pairs(settings: Settings, name: str) -> list[TokenPair]:
+    """Every pair of a data set."""
+    data = load_pairs(settings, name, 1, None, 0)
+    return sorted(data.train + data.validation)
+
+
+def make_features(settings: Settings, name: str) -> None:
+    """Features of every solution of a data set."""
+    folder, pairs = Path(settings["folder"]), all_pairs(settings, name)
+    path = folder / f"{name}.safetensors"
+    if path.exists():
+        return
+    layers = settings["features"]["layers"]
+    backbone = Backbone(ModelConfig(backbone=str(save_backbone(settings)), layers=layers))
+    groups = group_by_prompt(pairs)
+    total, done = sum(group.tokens for group in groups), [0, 0]
+
+    def advance(tokens: int) -> None:
+        done[0] += tokens
+        done[1] += 1
+        if done[1] % 20 == 0:
+            print(f"{name}: features of {done[0]:,} of {total:,} tokens", flush=True)
+
+    model = backbone.base_model(layers, settings["features"]["max_length"]).eval()
+    computed = compute_features(model, groups, advance)
+    rows = [computed[solution] for group in groups for solution in group.solutions]
+    with atomic_path(path) as temporary:
+        save_file({"features": torch.cat(rows)}, temporary)
+
+
+def load_features(settings: Settings, name: str) -> dict[Solution, Tensor]:
+    """What `make_features` wrote."""
+    solutions = [solution for group in group_by_prompt(all_pairs(settings, name)) for solution in group.solutions]
+    rows = load_file(Path(settings["folder"]) / f"{name}.safetensors")["features"]
+    parts = rows.split([len(solution.output_ids) for solution in solutions])
+    return dict(zip(solutions, parts, strict=True))
+
+
+def likelihood(settings: Settings, name: str) -> dict[str, list[int]]:
+    """Of each problem, for each of its pairs, 1 where the right answer is likelier per token."""
+    model = Backbone(str(save_backbone(settings))).language_model().eval()
+    found: dict[str, list[int]] = defaultdict(list)
+    for pair in all_pairs(settings, name):
+        found[pair.problem].append(int(likelihood_baseline(model, [pair], group_by_prompt([pair]), lambda _: None)))
+    return dict(found)
+
+
+def describe_pairs(settings: Settings, name: str) -> dict[str, Any]:
+    """A data set in numbers."""
+    pairs = all_pairs(settings, name)
+    shared = []
+    for pair in pairs:
+        together = zip(pair.right.output_ids, pair.wrong.output_ids, strict=False)
+        same = next((i for i, (a, b) in enumerate(together) if a != b), 0)
+        shared.append(same / min(pair.right.outputs, pair.wrong.outputs))
+    return {
+        "data_set": name,
+        "problems": len({pair.problem for pair in pairs}),
+        "pairs": len(pairs),
+        "tokens_right": round(sum(pair.right.outputs for pair in pairs) / len(pairs), 1),
+        "tokens_wrong": round(sum(pair.wrong.outputs for pair in pairs) / len(pairs), 1),
+        "right_longer": round(sum(pair.right.outputs > pair.wrong.outputs for pair in pairs) / len(pairs), 3),
+        "right_shorter": round(sum(pair.right.outputs < pair.wrong.outputs for pair in pairs) / len(pairs), 3),
+        "shared_prefix": round(sum(shared) / len(pairs), 3),
+        "differ_from_first_token": round(sum(share == 0 for share in shared) / len(pairs), 3),
+    }
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
