@@ -2,6 +2,7 @@
 # make test    every test, in the same environment
 # make lint    what CI checks of form
 # make bench   the operators against copies and other packages, into benchmarks/results; QUICK=1: half a minute
+# make experiment   whether the lambda-return critic generalises better: docs/evidence.md; QUICK=1: a small version
 # make cuda-check   what nvcc makes of the CUDA kernels, without a GPU: see docs/cuda.md
 VENV   ?= .venv
 PYTHON ?= python3
@@ -19,7 +20,7 @@ PIP     := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 # On busy cores the default, spinning, makes two threads several times slower than one.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: train test lint bench format cuda-check clean
+.PHONY: train test lint bench experiment format cuda-check clean
 
 train: $(VENV)/.critic data/codeio.jsonl
 	$(BIN)/lambda-critic train --config $(CONFIG) run_dir=$(RUN)
@@ -48,6 +49,17 @@ bench: $(VENV)/.dev $(if $(QUICK),,.venv-bench/.peers .venv-rlax/.peers)
 .venv-rlax/.peers: benchmarks/requirements-rlax.txt
 	$(PYTHON) -m venv --clear $(@D)
 	-$(@D)/bin/python -m pip install --disable-pip-version-check --quiet --requirement $<
+	touch $@
+
+# The tasks need reasoning-gym's own dependencies: its environment sees the packages of $(VENV) behind its own.
+experiment: .venv-experiment/.ready data/codeio.jsonl
+	.venv-experiment/bin/python -m experiments.run $(if $(QUICK),--quick)
+
+.venv-experiment/.ready: experiments/requirements.txt | $(VENV)/.critic
+	$(PYTHON) -m venv --clear $(@D)
+	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+	  > $$(echo $(@D)/lib/python*/site-packages)/behind.pth
+	$(@D)/bin/python -m pip install --disable-pip-version-check --quiet --requirement $<
 	touch $@
 
 cuda-check: $(VENV)/.dev
