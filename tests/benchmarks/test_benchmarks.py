@@ -91,12 +91,28 @@ def test_loops_are_right(peer):
     harness.check(contestant.name, contestant.answer(contestant.call()), harness.exact_returns(batch))
 
 
-@pytest.mark.parametrize("function", [log2_doubling, gpu.return_loop, gpu.ours])
+@pytest.mark.parametrize("function", [log2_doubling, gpu.return_loop])
 def test_contestants_on_the_device_are_right(function):
     values, rewards, _attention_mask, mask = batch = batch_with()
     arguments = (values, rewards, mask)
-    harness.check("eager", function(*arguments), harness.exact_returns(batch))
-    harness.check("eager", function(*arguments), gpu.exact(function, arguments))
+    returns = harness.exact_returns(batch)
+    exact = {gpu.RETURN: (returns,), gpu.LOSS: harness.exact_loss(batch._replace(attention_mask=mask), returns)}
+    ours = {gpu.RETURN: gpu.ours, gpu.LOSS: gpu.loss_of_ours(torch.ones(()))}
+    plain = {gpu.RETURN: gpu.return_of(function), gpu.LOSS: gpu.loss_of(function)}
+    for work in (gpu.RETURN, gpu.LOSS):
+        for contestant in (ours[work], plain[work]):
+            gpu.check_all("eager", contestant(*arguments), exact[work])
+            gpu.check_all("eager", contestant(*arguments), gpu.exact(work, arguments))
+
+
+def test_the_goals_of_the_device_say_whether_they_are_met():
+    row = {"work": gpu.RETURN, "contestant": gpu.RETURN, "dtype": "float32", "share_of_copy": 0.9, "call_us": 13.0}
+    long_rows, small = {**row, "B": 16, "T": 131072, "device_ms_min": 0.02}, {**row, "B": 1, "T": 8}
+    assert list(gpu.goals([long_rows, small, {**small, "contestant": "another"}])) == [
+        "lambda_return 16 x 131072 float32: share of copy >= 85%: 90.0%, met",
+        "lambda_return 16 x 131072 float32: device <= 0.015 ms: 0.0200 ms, missed",
+        "lambda_return 1 x 8 float32: call <= 12.0 us: 13.0 us, missed",
+    ]
 
 
 def test_associative_scan_is_right():

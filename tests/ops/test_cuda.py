@@ -4,6 +4,8 @@ All of it is skipped without a CUDA device or without the CUDA kernels, with the
 ``compute-sanitizer --tool memcheck python -m pytest tests/ops/test_cuda.py`` (and racecheck, initcheck, synccheck).
 """
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from ops_testing import (
@@ -21,6 +23,7 @@ from ops_testing import (
     mask_as,
     poisoned,
 )
+from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
 
@@ -45,9 +48,12 @@ def on(batch: Batch, device: str = "cuda") -> Batch:
     return Batch(*(x.to(device) for x in batch))
 
 
-def all_outputs(batch: Batch, gamma: float, lam: float, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+def all_outputs(
+    batch: Batch, gamma: float, lam: float, dtype: torch.dtype | None = None, grad: Tensor | None = None
+) -> dict[str, Tensor]:
     """Every output and gradient of every operator, on the batch's device, computed in dtype."""
-    grad = make_grad(Batch(*(x.cpu() for x in batch))).to(batch.values.device, dtype)
+    if grad is None:
+        grad = make_grad(Batch(*(x.cpu() for x in batch))).to(batch.values.device, dtype)
     batch = batch._replace(values=batch.values.to(dtype or batch.values.dtype))
     values, rewards, _, mask = batch
     returns = ops.lambda_return(values, rewards, mask, gamma, lam)
@@ -104,24 +110,53 @@ def test_every_launch_plan(dtype, shape):
 # ---- the general operators: packed sequences, rewards, a discount a row, every loss ----
 
 
-def general_outputs(
-    lengths: tuple[int, ...], packed: bool, dtype: torch.dtype, device: str, kind: int = 1, reduction: int = 1
-) -> dict[str, torch.Tensor]:
-    """Every output of every general operator on sequences of these lengths, all of one length unless packed."""
+class General(NamedTuple):
+    """The tensors that the general operators take; values, old, grad, rewards and masks are [B, T] or [total]."""
+
+    values: Tensor
+    old: Tensor
+    grad: Tensor
+    rewards: Tensor
+    mask: Tensor
+    attention_mask: Tensor
+    terminal: Tensor  # [B]
+    gamma: Tensor  # [B]
+    lam: Tensor  # 0-dim
+    other_lam: Tensor  # 0-dim
+    one: Tensor  # 0-dim, the gradient of a loss
+    cu_seqlens: Tensor | None  # [B + 1]
+
+
+def general_inputs(
+    lengths: tuple[int, ...], packed: bool, dtype: torch.dtype, device: str, kind: int = 1, seed: int = 0
+) -> General:
+    """Sequences of these lengths, all of one length unless packed."""
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     shape = (1, sum(lengths)) if packed else (len(lengths), lengths[0])
-    batch = make_batch("gaps", *shape, torch.bfloat16)
-    narrow = [make_grad(batch, seed) for seed in range(4)]  # exact in every dtype but float16, which has the range
+    batch = make_batch("gaps", *shape, torch.bfloat16, seed)
+    narrow = [make_grad(batch, 4 * seed + i) for i in range(4)]  # exact in all dtypes but float16, which has the range
     flat = [x.view(-1) if packed else x for x in (*narrow, batch.loss_mask, batch.attention_mask)]
     values, old, grad, rewards = (x.to(device, dtype) for x in flat[:4])
-    mask, attention_mask = (x.to(device) for x in flat[4:])
-    terminal = (torch.arange(len(lengths)) % 5 / 8).to(device, acc)
+    if kind == 3:  # probabilities, in steps that every dtype has
+        values = (values.float().abs() * 16).floor().remainder(15).add(1).div(16).to(dtype)
     starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    cu_seqlens = starts.to(device) if packed else None
-    gamma = (1 - torch.arange(len(lengths), dtype=torch.float64) % 7 / 500).to(device)
-    lam, other_lam = (torch.tensor(x, dtype=torch.float64, device=device) for x in (0.95, 0.5))
-    rewards = rewards.to(acc) / 16
+    return General(
+        values,
+        old,
+        grad,
+        rewards.to(acc) / 16,
+        *(x.to(device) for x in flat[4:]),
+        ((torch.arange(len(lengths)) + seed) % 5 / 8).to(device, acc),
+        (1 - (torch.arange(len(lengths), dtype=torch.float64) + seed) % 7 / 500).to(device),
+        *(torch.tensor(x, dtype=torch.float64, device=device) for x in (0.95, 0.5)),
+        torch.ones((), dtype=acc, device=device),
+        starts.to(device) if packed else None,
+    )
 
+
+def general_outputs(inputs: General, kind: int = 1, reduction: int = 1) -> dict[str, Tensor]:
+    """Every output of every general operator."""
+    values, old, grad, rewards, mask, attention_mask, terminal, gamma, lam, other_lam, one, cu_seqlens = inputs
     scan = (values, terminal, mask, rewards, cu_seqlens, gamma)
     loss_inputs = (values, terminal, mask, attention_mask, rewards, old if kind < 3 else None, cu_seqlens, gamma, lam)
     options = {"kind": kind, "delta": 0.75, "clip_range": 0.25, "reduction": reduction}
@@ -140,15 +175,16 @@ def general_outputs(
         "loss": loss,
         "scale": scale,
         "statistics": statistics,
-        "loss gradient": ops.td_lambda_loss_backward(torch.ones_like(loss), scale, *loss_inputs, **options),
+        "loss gradient": ops.td_lambda_loss_backward(one.expand(loss.shape), scale, *loss_inputs, **options),
     }
 
 
 def assert_general_like_cpu(
     lengths: tuple[int, ...], packed: bool, dtype: torch.dtype, kind: int = 1, reduction: int = 1
 ) -> None:
-    exact = general_outputs(lengths, packed, torch.float64, "cpu", kind, reduction)
-    for name, actual in general_outputs(lengths, packed, dtype, "cuda", kind, reduction).items():
+    exact = general_outputs(general_inputs(lengths, packed, torch.float64, "cpu", kind), kind, reduction)
+    actual_outputs = general_outputs(general_inputs(lengths, packed, dtype, "cuda", kind), kind, reduction)
+    for name, actual in actual_outputs.items():
         assert actual.is_cuda
         error = (actual.cpu().double() - exact[name]).abs()
         largest = exact[name].abs().max().clamp(min=1.0)
@@ -171,7 +207,7 @@ def test_general_shapes(dtype, shape):
 
 
 @pytest.mark.parametrize("reduction", range(4))
-@pytest.mark.parametrize("kind", [0, 1, 2, 4])
+@pytest.mark.parametrize("kind", range(5))
 def test_general_losses(kind, reduction):
     for shape in ("rows", "long packed"):
         assert_general_like_cpu(*GENERAL_SHAPES[shape], torch.float32, kind, reduction)
@@ -179,10 +215,46 @@ def test_general_losses(kind, reduction):
 
 @pytest.mark.parametrize("shape", GENERAL_SHAPES)
 def test_general_same_bits_from_run_to_run(shape):
-    first = general_outputs(*GENERAL_SHAPES[shape], torch.float32, "cuda")
+    inputs = general_inputs(*GENERAL_SHAPES[shape], torch.float32, "cuda")
+    first = general_outputs(inputs)
     for _ in range(10):
-        again = general_outputs(*GENERAL_SHAPES[shape], torch.float32, "cuda")
-        assert all(torch.equal(x, first[name]) for name, x in again.items())
+        assert all(torch.equal(x, first[name]) for name, x in general_outputs(inputs).items())
+
+
+@pytest.mark.parametrize("shape", ["rows", "long packed"])
+def test_general_nothing_at_a_masked_position_is_used(shape):
+    clean = general_inputs(*GENERAL_SHAPES[shape], torch.float32, "cpu")
+    dirty = {name: poisoned(getattr(clean, name), clean.mask) for name in ("values", "old", "grad", "rewards")}
+    outputs = [
+        general_outputs(General(*(None if x is None else x.to("cuda") for x in inputs)))
+        for inputs in (clean, clean._replace(**dirty))
+    ]
+    assert all(torch.equal(x, outputs[1][name]) for name, x in outputs[0].items())
+
+
+@pytest.mark.parametrize(("lengths", "packed"), [((0, 0, 0), False), ((0, 0), True), ((), True)])
+@pytest.mark.parametrize("reduction", range(4))
+def test_general_empty(lengths, packed, reduction):
+    outputs = general_outputs(general_inputs(lengths, packed, torch.float32, "cuda"), reduction=reduction)
+    assert outputs["returns"].numel() == outputs["loss gradient"].numel() == 0
+    assert (outputs["loss"] == 0).all()
+    assert (outputs["statistics"] == 0).all()
+    assert (outputs["grad_terminal_rewards"] == 0).all()
+    assert outputs["map"].tolist() == [[1.0, 0.0]] * len(lengths)
+
+
+def test_general_opcheck():
+    inputs = general_inputs((3, 0, 4), True, torch.float32, "cuda")
+    values, old, grad, rewards, mask, attention_mask, terminal, gamma, lam, other_lam, one, cu_seqlens = inputs
+    scan = (mask, rewards, cu_seqlens, gamma, lam)
+    loss_inputs = (values, terminal, mask, attention_mask, rewards, old, cu_seqlens, gamma, lam)
+    scale = ops.td_lambda_loss(*loss_inputs, None, clip_range=0.25)[1]
+    opcheck(ops.td_lambda.default, (leaf(values), leaf(terminal), *scan, True))
+    opcheck(ops.td_lambda_pair.default, (values, terminal, *scan, other_lam))
+    opcheck(ops.td_lambda_map.default, (values, *scan))
+    opcheck(ops.td_lambda_backward.default, (leaf(grad), mask, cu_seqlens, gamma, lam, True))
+    opcheck(ops.td_lambda_loss.default, (leaf(values), *loss_inputs[1:], None, 0, 1.0, 0.25, 0))
+    opcheck(ops.td_lambda_loss_backward.default, (one, scale, *loss_inputs, 0, 1.0, 0.25, 0))
 
 
 @pytest.mark.parametrize("starts", [[9, 0, 9, 0], [0, 5000, 0, 5000], [-(2**62), 2**62, 3, -1]])
@@ -212,7 +284,7 @@ def test_every_layout(layout, dtype):
         assert torch.equal(actual, all_outputs(on(batch), 1.0, 0.95)[name]), name
 
 
-def _move(x: torch.Tensor) -> torch.Tensor:
+def _move(x: Tensor) -> Tensor:
     """x on the device with the very same strides and offset, which Tensor.to does not keep."""
     base = torch.empty(x.untyped_storage().nbytes() // x.element_size(), dtype=x.dtype)
     base.copy_(torch.as_strided(x, base.shape, (1,), 0))
@@ -279,43 +351,54 @@ def test_compile_whole_with_dynamic_shapes():
         assert torch.equal(values.grad, expected.grad)
 
 
-@pytest.mark.parametrize("shape", [(32, 500), (2, 50_000)])
-def test_graph_replay_with_changed_inputs(shape):
-    static = on(make_batch("gaps", *shape, torch.float32))
+# Of inputs by seed: all outputs of the operators for equal rows, and of the general ones. Sequences differ in length.
+WORK = {
+    "rows": (lambda seed: on(make_batch("gaps", 32, 500, torch.float32, seed)), all_outputs),
+    "long rows": (lambda seed: on(make_batch("gaps", 2, 50_000, torch.float32, seed)), all_outputs),
+    "general rows": (lambda seed: general_inputs((300,) * 5, False, torch.float32, "cuda", seed=seed), general_outputs),
+    "packed": (
+        lambda seed: general_inputs(
+            (20_000 * seed, 7, 0, 60_000 - 20_000 * seed), True, torch.float32, "cuda", 1, seed
+        ),
+        general_outputs,
+    ),
+}
+
+
+@pytest.mark.parametrize("work", WORK)
+def test_graph_replay_with_changed_inputs(work):
+    make_inputs, compute = WORK[work]
+    static = make_inputs(0)
+    grad = make_grad(make_batch("gaps", *static[0].shape, torch.float32)).cuda() if compute is all_outputs else None
+    arguments = (static,) if grad is None else (static, 1.0, 0.95, None, grad)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        all_outputs(static, 1.0, 0.95)  # warm up off the default stream, as capture asks
+        compute(*arguments)  # warm up off the default stream, as capture asks
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    grad = torch.randn_like(static.values)
     with torch.cuda.graph(graph):
-        captured = (
-            ops.lambda_return(*static[:2], static.loss_mask, 1.0, 0.95),
-            *ops.lambda_return_backward(grad, static.loss_mask, 1.0, 0.95),
-            *ops.lambda_value_loss(*static, 1.0, 0.95),
-        )
+        captured = compute(*arguments)
     for seed in range(3):
-        for buffer, fresh in zip(static, on(make_batch("gaps", *shape, torch.float32, seed)), strict=True):
-            buffer.copy_(fresh)
+        for buffer, fresh in zip(static, make_inputs(seed), strict=True):
+            if buffer is not None:
+                buffer.copy_(fresh)
         graph.replay()
-        expected = (
-            ops.lambda_return(*static[:2], static.loss_mask, 1.0, 0.95),
-            *ops.lambda_return_backward(grad, static.loss_mask, 1.0, 0.95),
-            *ops.lambda_value_loss(*static, 1.0, 0.95),
-        )
-        assert all(torch.equal(x, y) for x, y in zip(captured, expected, strict=True))
+        assert all(torch.equal(x, captured[name]) for name, x in compute(*arguments).items())
 
 
-def test_side_streams_do_not_disturb_one_another():
-    batches = [on(make_batch("gaps", 3, 60_000, torch.float32, seed)) for seed in range(4)]
-    expected = [all_outputs(batch, 1.0, 0.95) for batch in batches]
+@pytest.mark.parametrize("work", WORK)
+def test_side_streams_do_not_disturb_one_another(work):
+    make_inputs, compute = WORK[work]
+    options = (1.0, 0.95) if compute is all_outputs else ()
+    batches = [make_inputs(seed) for seed in range(4)]
+    expected = [compute(batch, *options) for batch in batches]
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in batches]
     actual = []
     for batch, stream in zip(batches, streams, strict=True):
         with torch.cuda.stream(stream):
-            actual.append([all_outputs(batch, 1.0, 0.95) for _ in range(5)])
+            actual.append([compute(batch, *options) for _ in range(5)])
     torch.cuda.synchronize()
     for runs, reference in zip(actual, expected, strict=True):
         assert all(torch.equal(run[name], reference[name]) for run in runs for name in reference)
@@ -330,24 +413,68 @@ def test_second_device_while_the_first_is_current():
     for name, x in second.items():
         assert x.device.index == 1
         assert torch.equal(x.cpu(), first[name].cpu())
+    general = [
+        general_outputs(general_inputs(*GENERAL_SHAPES["long packed"], torch.float32, f"cuda:{i}")) for i in (0, 1)
+    ]
+    assert torch.cuda.current_device() == 0
+    for name, x in general[1].items():
+        assert x.device.index == 1
+        assert torch.equal(x.cpu(), general[0][name].cpu())
 
 
 def test_no_host_synchronisation():
     batch = on(make_batch("gaps", 8, 300, torch.float32))
     values = leaf(batch.values)
+    inputs = general_inputs(*GENERAL_SHAPES["long packed"], torch.float32, "cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
         lr.compute_lambda_value_loss(values, *batch[1:]).backward()
         lr.create_eos_only_mask(batch.loss_mask)
+        general_outputs(inputs)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("shape", [(64, 100), (700, 3000), (3, 50_000)])
+def test_one_kernel_and_one_small_memset_a_direction(shape):
+    batch = on(make_batch("gaps", *shape, torch.float32))
+    values, rewards, _, mask = batch
+    one, count = torch.ones((), device="cuda"), torch.ones((), dtype=torch.int64, device="cuda")
+    # Each call with the number of tensors that it returns.
+    calls = [
+        (lambda: ops.lambda_return(values, rewards, mask), 1),
+        (lambda: ops.lambda_return_backward(values, mask), 2),
+        (lambda: ops.lambda_value_loss(*batch), 2),
+        (lambda: ops.lambda_value_loss_backward(one, count, *batch), 1),
+        (lambda: ops.masked_mse(values, values, mask), 2),
+        (lambda: ops.masked_mse_backward(one, count, values, values, mask), 1),
+    ]
+    for call, outputs in calls:
+        call()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            call()
+            torch.cuda.synchronize()
+        # Outputs, and one workspace.
+        assert torch.cuda.memory_stats()["allocation.all.allocated"] - before <= outputs + 1
+        events = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        kernels = [name for name in events if not name.startswith("Memset")]
+        assert len(kernels) == 1, kernels
+        assert "lambda_return::cuda" in kernels[0]
+        assert len(events) - len(kernels) <= 1
+
+
+def skip_without_memory(size: int) -> None:
+    """Skip a test that holds this many bytes; counting elements takes some more."""
+    free, _total = torch.cuda.mem_get_info()
+    if free < 2 * size:
+        pytest.skip(f"needs {2 * size / 2**30:.0f} GiB of device memory, {free / 2**30:.0f} are free")
+
+
 def test_more_than_2_to_the_31_tokens():
     B, T = 3, 2**31 // 3 + 1_000_003
-    free, _total = torch.cuda.mem_get_info()
-    if free < B * T * 6:
-        pytest.skip(f"needs {B * T * 6 / 2**30:.0f} GiB of device memory, {free / 2**30:.0f} are free")
+    skip_without_memory(B * T * 6)
     values = torch.zeros(B, T, dtype=torch.bfloat16, device="cuda")
     mask = torch.zeros(B, T, dtype=torch.uint8, device="cuda")
     valid = torch.tensor([0, T // 2, T - 1], device="cuda")
@@ -359,6 +486,37 @@ def test_more_than_2_to_the_31_tokens():
         assert returns[row, valid].tolist() == [0.25 + 0.5 * middle, middle, reward]
     assert returns.count_nonzero() == 3 * B - 1  # one target of this example is 0
     assert ops.eos_mask(mask).nonzero().tolist() == [[row, T - 1] for row in range(B)]
+
+
+def test_more_than_2_to_the_31_tokens_in_a_loss():
+    B, T = 3, 2**31 // 3 + 1_000_003
+    skip_without_memory(B * T * 5)
+    values = torch.zeros(B, T, dtype=torch.bfloat16, device="cuda")
+    mask = torch.zeros(B, T, dtype=torch.uint8, device="cuda")
+    valid = torch.tensor([0, T // 2, T - 1], device="cuda")
+    mask[:, valid] = 1
+    rewards = torch.ones(B, device="cuda")
+    loss, count = ops.lambda_value_loss(values, rewards, mask, mask, 1.0, 1.0)
+    assert count == 3 * B
+    assert loss == 1  # values of 0 against targets of 1
+    gradient = ops.lambda_value_loss_backward(loss * count, count, values, rewards, mask, mask, 1.0, 1.0)
+    assert (gradient[:, valid] == -2).all()
+    assert gradient.count_nonzero() == 3 * B
+
+
+def test_more_than_2_to_the_31_packed_tokens():
+    total = 2**31 + 1_000_003
+    skip_without_memory(total * 6)
+    values = torch.zeros(total, dtype=torch.bfloat16, device="cuda")
+    mask = torch.zeros(total, dtype=torch.uint8, device="cuda")
+    cu_seqlens = torch.tensor([0, 5, 2**31 - 7, 2**31 + 500_000, total], device="cuda")
+    valid = torch.stack((cu_seqlens[:-1], cu_seqlens[1:] - 1), dim=1)  # the first and last token of each
+    mask[valid.view(-1)] = 1
+    terminal = torch.tensor([1.0, 2.0, 3.0, 4.0], device="cuda")
+    gamma, lam = (torch.tensor(x, dtype=torch.float64, device="cuda") for x in (0.5, 1.0))
+    returns = ops.td_lambda(values, terminal, mask, None, cu_seqlens, gamma, lam)
+    assert torch.equal(returns[valid].float(), torch.stack((terminal / 2, terminal), dim=1))
+    assert returns.count_nonzero() == 8
 
 
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
