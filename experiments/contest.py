@@ -22,6 +22,7 @@ from lambda_return_ext.critic.optimization import lam_schedule, lr_schedule, par
 from lambda_return_ext.critic.trainer import training_batch
 
 KEPT = ("pairwise_accuracy", "last_token_accuracy", "margin", "token_variance_right", "token_variance_wrong", "loss")
+TRAIN_PAIRS = 100  # at most so many are measured beside validation
 
 
 @dataclass(frozen=True)
@@ -165,9 +166,10 @@ def train(
 
 
 def measure(config: Config, model: ValueModel, data: PairData, collate: Collator, step: int) -> dict[str, float]:
-    """Validation and all training pairs."""
+    """Validation, and a fixed part of the training pairs."""
+    seen = data.train[:: -(-len(data.train) // TRAIN_PAIRS)]
     row: dict[str, float] = {"step": step}
-    for part, pairs in (("validation", data.validation), ("train", data.train)):
+    for part, pairs in (("validation", data.validation), ("train", seen)):
         measured = evaluate_pairs(model, config.training.value_loss, pairs, collate, 32)
         row |= {f"{part}_{name}": measured[name] for name in KEPT}
         row |= {f"{part}_mean": (measured["mean_right"] + measured["mean_wrong"]) / 2}

@@ -57,7 +57,7 @@ def contests(settings: Mapping[str, Any]) -> Iterator[Contest]:
 
 
 def run_contests(settings: Mapping[str, Any], part: int, parts: int) -> None:
-    """This process's share of the runs that have no file yet."""
+    """The runs that have no file yet; each process begins elsewhere, and passes over what another has finished."""
     folder = Path(settings["results"]) / "runs"
     folder.mkdir(parents=True, exist_ok=True)
     loaded: dict[str, dict[Any, torch.Tensor]] = {}
@@ -67,9 +67,11 @@ def run_contests(settings: Mapping[str, Any], part: int, parts: int) -> None:
             loaded[name] = prepare.load_features(settings, name)
         return loaded[name]
 
-    for number, contest in enumerate(contests(settings)):
+    order = list(contests(settings))
+    start = part * len(order) // parts
+    for contest in order[start:] + order[:start]:
         path = folder / f"{contest.name}.json"
-        if number % parts != part or path.exists():
+        if path.exists():
             continue
         data_set = settings["data_sets"][contest.data_set]
         train = data_set["regimes"][contest.regime]
