@@ -4,9 +4,9 @@
     python csrc/testing/cuda_check.py --check      # and fail if docs/cuda_resources.md is stale
     python csrc/testing/cuda_check.py --write      # and update docs/cuda_resources.md
 
-Every kernel must compile without warnings, spills and stack frames. A kernel for many rows must also reach half of the
-occupancy (general operators in float64: a quarter) and move its tokens by 16-byte accesses. Needs nvcc, nvdisasm,
-c++filt and the headers of an installed torch, which may be one for the CPU alone.
+Every kernel must compile without warnings, spills, stack frames and atomics on floats. A kernel for many rows must also
+reach half of the occupancy (general operators in float64: a quarter) and move its tokens by 16-byte accesses. Needs
+nvcc, nvdisasm, c++filt and the headers of an installed torch, which may be one for the CPU alone.
 """
 
 import argparse
@@ -155,6 +155,7 @@ class Facts:
     spills: int = 0  # bytes, stores and loads
     loads: set[int] = field(default_factory=set)  # widths of global loads, bits
     stores: set[int] = field(default_factory=set)
+    float_atomics: set[str] = field(default_factory=set)  # opcodes
     wide_accesses: int = 0  # of 128 bits, on the path below
     loop_instructions: int = 0  # the fewest on a path once around the tile loop that makes all wide accesses
 
@@ -270,6 +271,7 @@ def add_code(facts: Facts, code: Code) -> None:
     accesses = [instruction for instruction in code.instructions if instruction.is_global_access]
     facts.loads = {access.width for access in accesses if access.opcode.startswith("LDG")}
     facts.stores = {access.width for access in accesses if access.opcode.startswith("STG")}
+    facts.float_atomics = {x.opcode for x in code.instructions if re.match(r"(ATOM|RED)[GS.].*\.B?F\d", x.opcode)}
     facts.wide_accesses, facts.loop_instructions = code.tile_loop()
 
 
@@ -412,6 +414,8 @@ def violations(kernel: str, facts: Facts, arch: Architecture) -> Iterator[str]:
         yield f"spills {facts.spills} bytes of registers"
     if facts.stack:
         yield f"has a stack frame of {facts.stack} bytes"
+    if facts.float_atomics:
+        yield f"adds floats in an order that may change: {' '.join(sorted(facts.float_atomics))}"
     if not is_for_many_rows(kernel):
         return
     if occupancy(facts, arch) < min_occupancy(kernel):

@@ -195,6 +195,7 @@ kernel:
         /*0090*/                   ATOMG.E.ADD.STRONG.GPU PT, R2, desc[UR10][R2.64], R5 ;
         /*00a0*/              @!P3 BRA `(.L_x_1) ;
         /*00b0*/               @P4 BRA `(.L_x_0) ;
+        /*00b8*/                   REDG.E.ADD.F32.FTZ.RN.STRONG.GPU desc[UR4][R2.64], R5 ;
         /*00c0*/                   EXIT ;
 .L_x_4:
         /*00d0*/                   BRA `(.L_x_4);
@@ -221,6 +222,7 @@ def test_the_gate_reads_ptxas_and_machine_code(cuda_check):
     assert (facts.registers, facts.shared, facts.stack, facts.spills) == (64, 257, 16, 12)
     cuda_check.add_code(facts, cuda_check.read_sass(SASS)["kernel"])
     assert (facts.loads, facts.stores) == ({8, 16, 32, 128}, {128})
+    assert facts.float_atomics == {"REDG.E.ADD.F32.FTZ.RN.STRONG.GPU"}  # not the one on integers
     # Branch, load, BRA.DIV, store, atomic, branch back: the aligned path of the inner loop.
     assert (facts.wide_accesses, facts.loop_instructions) == (2, 6)
 
@@ -248,6 +250,7 @@ def test_the_gate_computes_occupancy(cuda_check, registers, shared, by_architect
         ("scan_rows<LambdaReturnOp<float>, 1>", {}, None),
         ("scan_rows<LambdaReturnOp<float>, 1>", {"spills": 8}, "spills 8 bytes"),
         ("scan_long_rows<LambdaReturnOp<float>>", {"stack": 16}, "stack frame of 16 bytes"),
+        ("masked_mse_kernel<float, float>", {"float_atomics": {"RED.E.ADD.F32.FTZ.RN"}}, "adds floats in an order"),
         ("scan_rows<LambdaReturnOp<float>, 1>", {"registers": 65}, "occupancy of 38%, less than 50%"),
         ("scan_long_rows<LambdaReturnOp<float>>", {"registers": 65}, None),
         ("scan_rows<LambdaReturnOp<float>, 8>", {"loads": {64}}, "no 128-bit global loads"),
