@@ -1,29 +1,25 @@
-#include "parallel_rows.h"
-
-#include "../kernels/masked_mse.h"
+#include "scan_rows.h"
 
 namespace lambda_return::cpu {
 namespace {
-
-// Calls body(targets) with the rows of the targets in their own type.
-template <class scalar_t, class Body>
-void with_target_rows(const MaskedMseArguments& in, const Body& body) {
-  if (in.targets_as_values()) {
-    body(const_rows<scalar_t>(in.targets));
-  } else {
-    body(const_rows<accumulate_t<scalar_t>>(in.targets));
-  }
-}
 
 // values [B, T], targets [B, T], mask [B, T] -> loss 0-dim, num_tokens 0-dim.
 std::tuple<Tensor, Tensor> masked_mse(const Tensor& values, const Tensor& targets, const Tensor& mask) {
   const MaskedMseArguments in(values, targets, mask);
   SquaredError error;
   THO_DISPATCH_V2(values.scalar_type(), "masked_mse", AT_WRAP([&] {
-    const auto v = const_rows<scalar_t>(in.values);
+    using acc_t = accumulate_t<scalar_t>;
+    const auto& k = kernels<scalar_t>();
+    const auto v = const_rows<kernel_t<scalar_t>>(in.values);
     const auto m = const_rows<uint8_t>(in.mask);
-    with_target_rows<scalar_t>(in, [&](auto g) {
-      error = sum_over_rows(in.B, in.T, [&](int64_t b) { return masked_mse_row(v[b], g[b], m[b], in.T); });
+    error = sum_over_rows(in.B, in.T, [&](int64_t b) {
+      SquaredError row;
+      if (in.targets_as_values()) {
+        k.masked_mse(v[b], const_rows<kernel_t<scalar_t>>(in.targets)[b], m[b], in.T, &row);
+      } else {
+        k.masked_mse_of_wide(v[b], const_rows<acc_t>(in.targets)[b], m[b], in.T, &row);
+      }
+      return row;
     });
   }), LAMBDA_RETURN_VALUE_TYPES);
   return mean_and_count(error, values);
@@ -39,12 +35,17 @@ Tensor masked_mse_backward(
 
   THO_DISPATCH_V2(values.scalar_type(), "masked_mse_backward", AT_WRAP([&] {
     using acc_t = accumulate_t<scalar_t>;
-    const auto v = const_rows<scalar_t>(in.values);
+    const auto& k = kernels<scalar_t>();
+    const auto v = const_rows<kernel_t<scalar_t>>(in.values);
     const auto m = const_rows<uint8_t>(in.mask);
-    const auto dv = mutable_rows<scalar_t>(grad_values);
+    const auto dv = mutable_rows<kernel_t<scalar_t>>(grad_values);
     const acc_t scale = gradient_scale<acc_t>(grad);
-    with_target_rows<scalar_t>(in, [&](auto g) {
-      parallel_rows(in.B, in.T, From::kLeft, [&](int64_t b) { masked_mse_backward_row(v[b], g[b], m[b], in.T, scale, dv[b]); });
+    parallel_rows(in.B, in.T, From::kLeft, [&](int64_t b) {
+      if (in.targets_as_values()) {
+        k.masked_mse_backward(v[b], const_rows<kernel_t<scalar_t>>(in.targets)[b], m[b], in.T, scale, dv[b]);
+      } else {
+        k.masked_mse_backward_of_wide(v[b], const_rows<acc_t>(in.targets)[b], m[b], in.T, scale, dv[b]);
+      }
     });
   }), LAMBDA_RETURN_VALUE_TYPES);
   return grad_values;

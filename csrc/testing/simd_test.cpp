@@ -13,6 +13,7 @@
 
 #include "kernels/lambda_return.h"
 #include "kernels/lambda_value_loss.h"
+#include "kernels/masked_mse.h"
 
 #if defined(__x86_64__)
 #pragma GCC diagnostic ignored "-Wpsabi"  // as in portable.cpp
@@ -140,6 +141,23 @@ void check_kernels(const char* set, const char* dtype, const RowKernels<scalar_t
                 v.data(), counted, mask.data(), T, reward, wide, scale, expected_gradient.data());
             for (int64_t t = 0; t < T; ++t) compare(to_double(gradient[t]), expected_gradient[t], kRounding<scalar_t>);
           }
+          const auto check_mse = [&](const auto& targets, auto forward, auto backward) {
+            SquaredError error;
+            forward(values.data(), targets.data(), mask.data(), T, &error);
+            std::vector<double> to(T);
+            for (int64_t t = 0; t < T; ++t) to[t] = to_double(targets[t]);
+            const SquaredError want = masked_mse_row<double, double>(v.data(), to.data(), mask.data(), T);
+            compare(error.sum / std::fmax(1, want.sum), want.sum / std::fmax(1, want.sum), 0);
+            compare(error.num_tokens, want.num_tokens, 0);
+            backward(values.data(), targets.data(), mask.data(), T, scale, gradient.data());
+            masked_mse_backward_row<double, double>(
+                v.data(), to.data(), mask.data(), T, scale, expected_gradient.data());
+            for (int64_t t = 0; t < T; ++t) compare(to_double(gradient[t]), expected_gradient[t], kRounding<scalar_t>);
+          };
+          check_mse(grads, kernels.masked_mse, kernels.masked_mse_backward);
+          check_mse(
+              std::vector<acc_t>(g.begin(), g.end()), kernels.masked_mse_of_wide, kernels.masked_mse_backward_of_wide);
+
           // Sums of up to 20 values around 1 (lam 0.95) are the largest numbers in between.
           if (!(worst <= 64 * unit) || !same_map) {
             ++failures;

@@ -60,6 +60,17 @@ struct RowKernels {
       const Constants&, const scalar_t* values, const uint8_t* attention_mask, const uint8_t* loss_mask, int64_t T,
       acc_t carry, acc_t scale, scalar_t* grad_values);
 
+  // The squared error against targets of the same dtype or of the accumulation dtype, and its gradient.
+  void (*masked_mse)(
+      const scalar_t* values, const scalar_t* targets, const uint8_t* mask, int64_t T, SquaredError* error);
+  void (*masked_mse_of_wide)(
+      const scalar_t* values, const acc_t* targets, const uint8_t* mask, int64_t T, SquaredError* error);
+  void (*masked_mse_backward)(
+      const scalar_t* values, const scalar_t* targets, const uint8_t* mask, int64_t T, acc_t scale,
+      scalar_t* grad_values);
+  void (*masked_mse_backward_of_wide)(
+      const scalar_t* values, const acc_t* targets, const uint8_t* mask, int64_t T, acc_t scale, scalar_t* grad_values);
+
   // To the accumulation type and back.
   void (*widen)(const scalar_t* from, int64_t n, acc_t* to);
   void (*narrow)(const acc_t* from, int64_t n, scalar_t* to);

@@ -44,7 +44,7 @@ ScanConstants<accumulate_of<scalar_t>> scan_constants(Discount<accumulate_of<sca
 // ---- sinks: what becomes of a tile's tokens, their values and the carries that reach them ---------------------------
 //
 // at(t) is the sink of the tile that starts at token t. edge(t, count, run) calls run(sink) with the sink of a tile of
-// which only the first count tokens exist. tile<kAll>(values, masked, before) takes a tile in chunk order, skip() one
+// which only the first count tokens exist. tile<kAll>(values, valid, before) takes a tile in chunk order, skip() one
 // without a valid token.
 
 template <int kTile, class T>
@@ -67,13 +67,7 @@ struct Output {
     run(Output{buffer.data});
     std::memcpy(static_cast<void*>(out + t), buffer.data, count * sizeof(scalar_t));
   }
-  LAMBDA_RETURN_INLINE void store_tile(typename Scan::V (&x)[4]) const {
-    constexpr int W = Scan::kTile / 4;
-    Scan::transpose(x);
-    for (int i = 0; i < 4; ++i) {
-      store<W>(out + i * W, x[i]);
-    }
-  }
+  LAMBDA_RETURN_INLINE void store_tile(typename Scan::V (&x)[4]) const { Scan::store_tile(out, x); }
   LAMBDA_RETURN_INLINE void skip() const { std::memset(static_cast<void*>(out), 0, Scan::kTile * sizeof(scalar_t)); }
 };
 
@@ -83,8 +77,8 @@ struct NoSink {
   LAMBDA_RETURN_INLINE void edge(int64_t, int64_t, const Run& run) const {
     run(*this);
   }
-  template <bool kAll, class V, class M>
-  LAMBDA_RETURN_INLINE void tile(const V (&)[4], const M (&)[4], const V (&)[4]) const {}
+  template <bool kAll, class V, class Mask>
+  LAMBDA_RETURN_INLINE void tile(const V (&)[4], const Mask (&)[4], const V (&)[4]) const {}
   LAMBDA_RETURN_INLINE void skip() const {}
 };
 
@@ -93,6 +87,7 @@ template <class Scan, class scalar_t, bool kWeighted>
 struct CarrySink {
   using V = typename Scan::V;
   using M = typename Scan::M;
+  using Mask = typename Scan::Mask;
   Output<Scan, scalar_t> out;
   accumulate_of<scalar_t> weight;
 
@@ -102,12 +97,12 @@ struct CarrySink {
     out.edge(t, count, [&](const auto& edge_out) LAMBDA_RETURN_INLINE_LAMBDA { run(CarrySink{edge_out, weight}); });
   }
   template <bool kAll>
-  LAMBDA_RETURN_INLINE void tile(const V (&)[4], const M (&masked)[4], const V (&before)[4]) const {
+  LAMBDA_RETURN_INLINE void tile(const V (&)[4], const Mask (&valid)[4], const V (&before)[4]) const {
     V x[4];
     for (int i = 0; i < 4; ++i) {
       x[i] = before[i];
       if constexpr (kWeighted) x[i] = drop(x[i] * weight, M{} - (weight == 0 ? 1 : 0));
-      if constexpr (!kAll) x[i] = drop(x[i], masked[i]);
+      if constexpr (!kAll) x[i] = valid[i].keep(x[i]);
     }
     out.store_tile(x);
   }
@@ -117,7 +112,7 @@ struct CarrySink {
 // What the two directions of the loss share: the second mask. kShared: it is the mask of the scan.
 template <class Scan, bool kShared>
 struct Attention {
-  using M = typename Scan::M;
+  using Mask = typename Scan::Mask;
   const uint8_t* bytes;
 
   LAMBDA_RETURN_INLINE Attention at(int64_t t) const { return {kShared ? nullptr : bytes + t}; }
@@ -131,20 +126,20 @@ struct Attention {
     }
   }
 
-  // Calls body(all, dropped): whether all tokens are valid in both masks, and which are not.
+  // Calls body(all, counts): whether all tokens are valid in both masks, and which are.
   template <bool kAll, class Body>
-  LAMBDA_RETURN_INLINE void with_counts(const M (&masked)[4], const Body& body) const {
+  LAMBDA_RETURN_INLINE void with_counts(const Mask (&valid)[4], const Body& body) const {
     if constexpr (kShared) {
-      body(std::bool_constant<kAll>(), masked);
-    } else if (kAll && mask_fill<Scan::kTile>(bytes) == Fill::kAll) {
-      body(std::true_type(), masked);
+      body(std::bool_constant<kAll>(), valid);
+    } else if (mask_fill<Scan::kTile>(bytes) == Fill::kAll) {
+      body(std::bool_constant<kAll>(), valid);
     } else {
-      M dropped[4];
-      Scan::load_mask(bytes, dropped);
+      Mask counts[4];
+      Scan::load_mask(bytes, counts);
       for (int i = 0; i < 4; ++i) {
-        if constexpr (!kAll) dropped[i] |= masked[i];
+        if constexpr (!kAll) counts[i] = counts[i] & valid[i];
       }
-      body(std::false_type(), dropped);
+      body(std::false_type(), counts);
     }
   }
 };
@@ -173,14 +168,14 @@ LAMBDA_RETURN_INLINE auto in_float64(Vector<float, 4> x) {
 template <class Scan>
 struct LossSums {
   decltype(in_float64(typename Scan::V())) squares{};
-  int64_t num_tokens = 0;      // of the tiles seen
-  typename Scan::M dropped{};  // minus the number of those that do not count, lane by lane
+  int64_t num_tokens = 0;                // of the tiles seen
+  typename Scan::Mask::Counter dropped;  // those of them that do not count
 };
 
 template <class Scan, bool kShared>
 struct LossSink {
   using V = typename Scan::V;
-  using M = typename Scan::M;
+  using Mask = typename Scan::Mask;
   Attention<Scan, kShared> attention;
   LossSums<Scan>& sums;
 
@@ -191,14 +186,14 @@ struct LossSink {
         t, count, [&](const auto& edge_attention) LAMBDA_RETURN_INLINE_LAMBDA { run(LossSink{edge_attention, sums}); });
   }
   template <bool kAll>
-  LAMBDA_RETURN_INLINE void tile(const V (&values)[4], const M (&masked)[4], const V (&before)[4]) const {
-    attention.template with_counts<kAll>(masked, [&](auto all, const M(&dropped)[4]) LAMBDA_RETURN_INLINE_LAMBDA {
+  LAMBDA_RETURN_INLINE void tile(const V (&values)[4], const Mask (&valid)[4], const V (&before)[4]) const {
+    attention.template with_counts<kAll>(valid, [&](auto all, const Mask(&counts)[4]) LAMBDA_RETURN_INLINE_LAMBDA {
       V errors[4];
       for (int i = 0; i < 4; ++i) {
         errors[i] = values[i] - before[i];
         if constexpr (!all) {
-          errors[i] = drop(errors[i], dropped[i]);
-          sums.dropped += dropped[i];
+          errors[i] = counts[i].keep(errors[i]);
+          sums.dropped.add(counts[i]);
         }
       }
       const V squares = multiply_add(errors[1], errors[1], errors[0] * errors[0]) +
@@ -213,7 +208,7 @@ struct LossSink {
 template <class Scan, class scalar_t, bool kShared>
 struct LossGradientSink {
   using V = typename Scan::V;
-  using M = typename Scan::M;
+  using Mask = typename Scan::Mask;
   Attention<Scan, kShared> attention;
   Output<Scan, scalar_t> out;
   accumulate_of<scalar_t> scale;
@@ -228,12 +223,12 @@ struct LossGradientSink {
     });
   }
   template <bool kAll>
-  LAMBDA_RETURN_INLINE void tile(const V (&values)[4], const M (&masked)[4], const V (&before)[4]) const {
-    attention.template with_counts<kAll>(masked, [&](auto all, const M(&dropped)[4]) LAMBDA_RETURN_INLINE_LAMBDA {
+  LAMBDA_RETURN_INLINE void tile(const V (&values)[4], const Mask (&valid)[4], const V (&before)[4]) const {
+    attention.template with_counts<kAll>(valid, [&](auto all, const Mask(&counts)[4]) LAMBDA_RETURN_INLINE_LAMBDA {
       V x[4];
       for (int i = 0; i < 4; ++i) {
         x[i] = (values[i] - before[i]) * scale;
-        if constexpr (!all) x[i] = drop(x[i], dropped[i]);
+        if constexpr (!all) x[i] = counts[i].keep(x[i]);
       }
       out.store_tile(x);
     });
@@ -246,25 +241,21 @@ struct LossGradientSink {
 // One tile at values, mask.
 template <class Scan, class scalar_t, class Sink>
 LAMBDA_RETURN_INLINE void scan_tile(Scan& scan, const scalar_t* values, const uint8_t* mask, const Sink& sink) {
-  constexpr int W = Scan::kTile / 4;
   const Fill fill = mask_fill<Scan::kTile>(mask);
   if (fill == Fill::kNone) {
     sink.skip();
     return;
   }
   typename Scan::V v[4], before[4];
-  typename Scan::M masked[4];
-  for (int i = 0; i < 4; ++i) {
-    v[i] = load<W>(values + i * W);
-  }
-  Scan::transpose(v);
+  typename Scan::Mask valid[4];
+  Scan::load_tile(values, v);
   if (fill == Fill::kAll) {
-    scan.template tile<true>(v, masked, before);
-    sink.template tile<true>(v, masked, before);
+    scan.template tile<true>(v, valid, before);
+    sink.template tile<true>(v, valid, before);
   } else {
-    Scan::load_mask(mask, masked);
-    scan.template tile<false>(v, masked, before);
-    sink.template tile<false>(v, masked, before);
+    Scan::load_mask(mask, valid);
+    scan.template tile<false>(v, valid, before);
+    sink.template tile<false>(v, valid, before);
   }
 }
 
@@ -345,10 +336,7 @@ AffineMap<accumulate_of<scalar_t>> lambda_value_loss_as(
     LossSums<Scan> sums;
     const auto map =
         scan_tiles<Scan>(constants, values, loss_mask, T, carry, LossSink<Scan, kShared>{{attention_mask}, sums});
-    error->num_tokens += sums.num_tokens;
-    for (int lane = 0; lane < Scan::kTile / 4; ++lane) {
-      error->num_tokens += sums.dropped[lane];
-    }
+    error->num_tokens += sums.num_tokens - sums.dropped.dropped();
     for (size_t lane = 0; lane < sizeof(sums.squares) / sizeof(double); ++lane) {
       error->sum += sums.squares[lane];
     }
@@ -387,6 +375,64 @@ AffineMap<accumulate_of<scalar_t>> lambda_value_loss_backward(
   return kernel(constants, values, attention_mask, loss_mask, T, carry, scale, grad_values);
 }
 
+// ---- errors against targets from elsewhere --------------------------------------------------------------------------
+
+// Calls body(t, errors, valid, count) on one vector of tokens after another, of which the first count exist.
+template <class scalar_t, class target_t, class Body>
+LAMBDA_RETURN_INLINE void for_errors(
+    const scalar_t* values, const target_t* targets, const uint8_t* mask, int64_t T, const Body& body) {
+  constexpr int W = lanes_of<scalar_t>;
+  using Mask = TokenMask<accumulate_of<scalar_t>, W>;
+  const auto step = [&](int64_t t, const scalar_t* v, const target_t* g, const uint8_t* m, int64_t count)
+                        LAMBDA_RETURN_INLINE_LAMBDA {
+                          const Mask valid = Mask::of(widen_bytes<W>(m), 0);
+                          body(t, valid.keep(load<W>(v) - load<W>(g)), valid, count);
+                        };
+  int64_t t = 0;
+  for (; t + W <= T; t += W) {
+    step(t, values + t, targets + t, mask + t, W);
+  }
+  if (t < T) {
+    const EdgeBuffer<W, scalar_t> v(values + t, T - t);
+    const EdgeBuffer<W, target_t> g(targets + t, T - t);
+    const EdgeBuffer<W, uint8_t> m(mask + t, T - t);
+    step(t, v.data, g.data, m.data, T - t);
+  }
+}
+
+template <class scalar_t, class target_t>
+void masked_mse(const scalar_t* values, const target_t* targets, const uint8_t* mask, int64_t T, SquaredError* error) {
+  constexpr int W = lanes_of<scalar_t>;
+  using V = Vector<accumulate_of<scalar_t>, W>;
+  decltype(in_float64(V())) squares{};
+  typename TokenMask<accumulate_of<scalar_t>, W>::Counter dropped;
+  for_errors(values, targets, mask, T, [&](int64_t, V errors, auto valid, int64_t) LAMBDA_RETURN_INLINE_LAMBDA {
+    squares += in_float64(errors * errors);
+    dropped.add(valid);
+  });
+  error->num_tokens += (T + W - 1) / W * W - dropped.dropped();
+  for (size_t lane = 0; lane < sizeof(squares) / sizeof(double); ++lane) {
+    error->sum += squares[lane];
+  }
+}
+
+template <class scalar_t, class target_t>
+void masked_mse_backward(
+    const scalar_t* values, const target_t* targets, const uint8_t* mask, int64_t T, accumulate_of<scalar_t> scale,
+    scalar_t* grad_values) {
+  constexpr int W = lanes_of<scalar_t>;
+  using V = Vector<accumulate_of<scalar_t>, W>;
+  for_errors(values, targets, mask, T, [&](int64_t t, V errors, auto, int64_t count) LAMBDA_RETURN_INLINE_LAMBDA {
+    if (count == W) {
+      store<W>(grad_values + t, errors * scale);
+    } else {
+      EdgeBuffer<W, scalar_t> edge;
+      store<W>(edge.data, errors * scale);
+      std::memcpy(static_cast<void*>(grad_values + t), edge.data, count * sizeof(scalar_t));
+    }
+  });
+}
+
 #include "token_loops.h"
 
 template <class scalar_t>
@@ -399,6 +445,10 @@ constexpr RowKernels<scalar_t> row_kernels() {
       lambda_return_backward<scalar_t>,
       lambda_value_loss<scalar_t>,
       lambda_value_loss_backward<scalar_t>,
+      masked_mse<scalar_t, scalar_t>,
+      masked_mse<scalar_t, accumulate_of<scalar_t>>,
+      masked_mse_backward<scalar_t, scalar_t>,
+      masked_mse_backward<scalar_t, accumulate_of<scalar_t>>,
       widen_tokens<scalar_t>,
       narrow_tokens<scalar_t>,
   };

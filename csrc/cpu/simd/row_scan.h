@@ -23,6 +23,7 @@ struct RowScan {
   static constexpr bool kReverse = direction == Direction::kRightToLeft;
   using V = Vector<acc_t, W>;
   using M = Vector<lane_mask_t<acc_t>, W>;
+  using Mask = TokenMask<acc_t, W>;
 
   static constexpr int chunk_of(int lane) { return lane % 4 * (W / 4) + lane / 4; }
   static constexpr int lane_of(int chunk) { return chunk % (W / 4) * 4 + chunk / (W / 4); }
@@ -97,32 +98,76 @@ struct RowScan {
     }
   }
 
-  // Which tokens are masked, as lane masks, from the tile's mask bytes.
-  static LAMBDA_RETURN_INLINE void load_mask(const uint8_t* bytes, M (&masked)[4]) {
-    struct ChunkIndex {
-      static constexpr int at(int lane) { return chunk_of(lane); }
-    };
+  // Which tokens are valid, from the tile's mask bytes.
+  static LAMBDA_RETURN_INLINE void load_mask(const uint8_t* bytes, Mask (&valid)[4]) {
     // Four neighbouring mask bytes are one chunk, which is one 32-bit lane.
     Vector<int32_t, W> chunks = load_vector<Vector<int32_t, W>>(bytes);
     chunks = shuffle<ChunkIndex>(chunks, chunks);
-    const M lanes = __builtin_convertvector(chunks, M);
     for (int i = 0; i < 4; ++i) {
-      masked[i] = (lanes & static_cast<int32_t>(0xffu << 8 * i)) == 0;
+      valid[i] = Mask::of(chunks, i);
     }
+  }
+  struct ChunkIndex {
+    static constexpr int at(int lane) { return chunk_of(lane); }
+  };
+
+  // Token i of every chunk, from and to memory order.
+  template <class scalar_t>
+  static LAMBDA_RETURN_INLINE void load_tile(const scalar_t* from, V (&x)[4]) {
+    for (int i = 0; i < 4; ++i) {
+      x[i] = load<W>(from + i * W);
+    }
+    transpose(x);
+  }
+  template <class scalar_t>
+  static LAMBDA_RETURN_INLINE void store_tile(scalar_t* to, V (&x)[4]) {
+    transpose(x);
+    for (int i = 0; i < 4; ++i) {
+      store<W>(to + i * W, x[i]);
+    }
+  }
+  // A chunk of bfloat16 is two 32-bit lanes, the pairs (0, 1) and (2, 3): two shuffles in place of a transposition.
+  template <int kPair>
+  struct PairOfChunk {
+    static constexpr int at(int lane) { return 2 * chunk_of(lane) + kPair; }
+  };
+  template <int kFirst>
+  struct PairInMemory {
+    static constexpr int at(int lane) { return lane_of((kFirst + lane) / 2) + lane % 2 * W; }
+  };
+  static LAMBDA_RETURN_INLINE void load_tile(const bfloat16_bits* from, V (&x)[4]) {
+    using U = Vector<uint32_t, W>;
+    const U first = load_vector<U>(from), second = load_vector<U>(from + 2 * W);
+    const U pairs[2] = {shuffle<PairOfChunk<0>>(first, second), shuffle<PairOfChunk<1>>(first, second)};
+    for (int i = 0; i < 4; ++i) {
+      x[i] = (V)(i % 2 == 0 ? pairs[i / 2] << 16 : pairs[i / 2] & 0xffff0000u);
+    }
+  }
+  static LAMBDA_RETURN_INLINE void store_tile(bfloat16_bits* to, V (&x)[4]) {
+    using U = Vector<uint32_t, W>;
+    U pairs[2];
+    for (int i = 0; i < 2; ++i) {
+      pairs[i] = round_to_bfloat16<W>(x[2 * i]) >> 16 | (round_to_bfloat16<W>(x[2 * i + 1]) & 0xffff0000u);
+    }
+    store_vector(to, shuffle<PairInMemory<0>>(pairs[0], pairs[1]));
+    store_vector(to + 2 * W, shuffle<PairInMemory<W>>(pairs[0], pairs[1]));
   }
 
   // values: token i of each chunk. On return before[i] is the carry that reaches token i.
-  // kAll: no token is masked, masked[] is not read.
+  // kAll: no token is masked, valid[] is not read.
   template <bool kAll>
-  LAMBDA_RETURN_INLINE void tile(const V (&values)[4], const M (&masked)[4], V (&before)[4]) {
+  LAMBDA_RETURN_INLINE void tile(const V (&values)[4], const Mask (&valid)[4], V (&before)[4]) {
     // The maps of the four tokens in the order of the scan.
     V a[4], b[4];
     for (int j = 0; j < 4; ++j) {
       const int i = in_order(j);
       b[j] = terms == Terms::kCarryOnly && kReverse ? V{} : k.value * values[i];
       if constexpr (terms == Terms::kNoCarry) b[j] = drop(b[j], k.no_value);
-      if constexpr (!kAll) b[j] = drop(b[j], masked[i]);
-      a[j] = kAll ? k.carry : (masked[i] ? broadcast<V>(acc_t(1)) : k.carry);
+      a[j] = k.carry;
+      if constexpr (!kAll) {
+        b[j] = valid[i].keep(b[j]);
+        a[j] = valid[i].choose(k.carry, broadcast<V>(acc_t(1)));
+      }
     }
     // Of the first two, the first three and all four of them, in a tree: what is slow here is not the number of
     // operations but how many wait for one another.
@@ -168,7 +213,18 @@ enum class Fill { kNone, kSome, kAll };
 
 template <int kTile>
 LAMBDA_RETURN_INLINE Fill mask_fill(const uint8_t* bytes) {
-#if LAMBDA_RETURN_FMA
+#if LAMBDA_RETURN_AVX512
+  uint64_t valid, all;
+  if constexpr (kTile == 64) {
+    const auto x = load_vector<__m512i>(bytes);
+    valid = _mm512_test_epi8_mask(x, x), all = ~uint64_t(0);
+  } else {
+    static_assert(kTile == 32);
+    const auto x = load_vector<__m256i>(bytes);
+    valid = _mm256_test_epi8_mask(x, x), all = 0xffffffffu;
+  }
+  return valid == 0 ? Fill::kNone : valid == all ? Fill::kAll : Fill::kSome;
+#elif LAMBDA_RETURN_FMA
   if constexpr (kTile >= 32) {
     const __m256i zero = _mm256_setzero_si256();
     __m256i any = zero, all = _mm256_set1_epi8(-1);

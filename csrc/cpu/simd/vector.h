@@ -112,6 +112,111 @@ LAMBDA_RETURN_INLINE V broadcast_lane(V x) {
   return shuffle<LaneIndex<kLane>>(x, x);
 }
 
+// ---- masks: which of W tokens are valid
+// ------------------------------------------------------------------------------
+
+// One mask byte a lane. GCC takes bytes apart one by one where it is left to widen them.
+template <int W>
+LAMBDA_RETURN_INLINE Vector<int32_t, W> widen_bytes(const uint8_t* from) {
+  using Lanes = Vector<int32_t, W>;
+#if LAMBDA_RETURN_FMA
+#if LAMBDA_RETURN_AVX512
+  if constexpr (W == 16) {
+    return (Lanes)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  } else
+#endif
+      if constexpr (W == 4) {
+    return (Lanes)_mm_cvtepu8_epi32(_mm_cvtsi32_si128(load_vector<int32_t>(from)));
+  } else if constexpr (W == 8) {
+    return (Lanes)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+  } else {
+    return join<Lanes>(widen_bytes<W / 2>(from), widen_bytes<W / 2>(from + W / 2));
+  }
+#else
+  return __builtin_convertvector(load_vector<Vector<uint8_t, W>>(from), Lanes);
+#endif
+}
+
+// Here as lanes, all ones where a token is not valid.
+template <class T, int W>
+struct TokenMask {
+  using V = Vector<T, W>;
+  using M = Vector<lane_mask_t<T>, W>;
+  M dropped;
+
+  // From byte i of each lane.
+  static LAMBDA_RETURN_INLINE TokenMask of(Vector<int32_t, W> lanes, int i) {
+    return {(__builtin_convertvector(lanes, M) & static_cast<int32_t>(0xffu << 8 * i)) == 0};
+  }
+  LAMBDA_RETURN_INLINE TokenMask operator&(TokenMask other) const { return {dropped | other.dropped}; }
+  // x of valid tokens, +0 of the others.
+  LAMBDA_RETURN_INLINE V keep(V x) const { return drop(x, dropped); }
+  LAMBDA_RETURN_INLINE V choose(V valid, V masked) const { return dropped ? masked : valid; }
+
+  struct Counter {
+    M minus_dropped{};
+
+    LAMBDA_RETURN_INLINE void add(TokenMask mask) { minus_dropped += mask.dropped; }
+    LAMBDA_RETURN_INLINE int64_t dropped() const {
+      int64_t sum = 0;
+      for (int lane = 0; lane < W; ++lane) {
+        sum -= minus_dropped[lane];
+      }
+      return sum;
+    }
+  };
+};
+
+#if LAMBDA_RETURN_AVX512
+// In mask registers, a bit a lane, 1 where a token is valid: most instructions take them at no cost.
+template <class Bits>
+struct BitCounter {
+  int64_t count = 0;
+
+  template <class Mask>
+  LAMBDA_RETURN_INLINE void add(Mask mask) {
+    count += __builtin_popcount(static_cast<Bits>(~mask.valid));
+  }
+  LAMBDA_RETURN_INLINE int64_t dropped() const { return count; }
+};
+
+template <>
+struct TokenMask<float, 16> {
+  using V = Vector<float, 16>;
+  using Counter = BitCounter<uint16_t>;
+  __mmask16 valid;
+
+  static LAMBDA_RETURN_INLINE TokenMask of(Vector<int32_t, 16> lanes, int i) {
+    return {_mm512_test_epi32_mask((__m512i)lanes, _mm512_set1_epi32(static_cast<int32_t>(0xffu << 8 * i)))};
+  }
+  LAMBDA_RETURN_INLINE TokenMask operator&(TokenMask other) const {
+    return {static_cast<__mmask16>(valid & other.valid)};
+  }
+  LAMBDA_RETURN_INLINE V keep(V x) const { return (V)_mm512_maskz_mov_ps(valid, (__m512)x); }
+  LAMBDA_RETURN_INLINE V choose(V of_valid, V of_masked) const {
+    return (V)_mm512_mask_mov_ps((__m512)of_masked, valid, (__m512)of_valid);
+  }
+};
+
+template <>
+struct TokenMask<double, 8> {
+  using V = Vector<double, 8>;
+  using Counter = BitCounter<uint8_t>;
+  __mmask8 valid;
+
+  static LAMBDA_RETURN_INLINE TokenMask of(Vector<int32_t, 8> lanes, int i) {
+    return {_mm256_test_epi32_mask((__m256i)lanes, _mm256_set1_epi32(static_cast<int32_t>(0xffu << 8 * i)))};
+  }
+  LAMBDA_RETURN_INLINE TokenMask operator&(TokenMask other) const {
+    return {static_cast<__mmask8>(valid & other.valid)};
+  }
+  LAMBDA_RETURN_INLINE V keep(V x) const { return (V)_mm512_maskz_mov_pd(valid, (__m512d)x); }
+  LAMBDA_RETURN_INLINE V choose(V of_valid, V of_masked) const {
+    return (V)_mm512_mask_mov_pd((__m512d)of_masked, valid, (__m512d)of_valid);
+  }
+};
+#endif
+
 // ---- memory: W values of a dtype as lanes of its accumulation dtype, and back, rounded to nearest even --------------
 
 template <int W>
@@ -138,12 +243,16 @@ LAMBDA_RETURN_INLINE Vector<float, W> load(const bfloat16_bits* from) {
   const auto bits = load_vector<Vector<uint16_t, W>>(from);
   return (Vector<float, W>)(__builtin_convertvector(bits, Vector<uint32_t, W>) << 16);
 }
+// Rounded in the upper half of each lane; what is left in the lower half means nothing.
 template <int W>
-LAMBDA_RETURN_INLINE void store(bfloat16_bits* to, Vector<float, W> x) {
+LAMBDA_RETURN_INLINE Vector<uint32_t, W> round_to_bfloat16(Vector<float, W> x) {
   using U = Vector<uint32_t, W>;
   const U bits = (U)x;
-  const U rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const U result = (x == x) ? rounded : (bits >> 16) | 0x40;  // a NaN stays one: rounding could carry it into Inf
+  return (x == x) ? bits + 0x7fff + ((bits >> 16) & 1) : bits | 0x400000;  // rounding could carry a NaN into Inf
+}
+template <int W>
+LAMBDA_RETURN_INLINE void store(bfloat16_bits* to, Vector<float, W> x) {
+  const auto result = round_to_bfloat16<W>(x) >> 16;
 #if LAMBDA_RETURN_AVX512
   if constexpr (W == 16) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16((__m512i)result));
