@@ -204,10 +204,33 @@ def merge_lora(backbone: nn.Module) -> None:
     """Add the adapters to the weights they belong to, and put the plain layers back."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    for name, module in [*backbone.named_modules()]:
-        if isinstance(module, BaseTunerLayer):
-            module.merge()
+    layers = {name: module for name, module in backbone.named_modules() if isinstance(module, BaseTunerLayer)}
+    for name, module in layers.items():
+        module.merge()
+        if name.rpartition(".")[0] not in layers:  # the experts of a mixture have one wrapper for each parameter
             backbone.set_submodule(name, module.get_base_layer())
+
+
+@torch.no_grad()
+def check_packing(model: ValueModel) -> None:
+    """Try whether the backbone keeps packed sequences apart: not every kind does. All ranks must call it.
+
+    Raises:
+        UserError: the features of a sequence depend on what is packed before it.
+    """
+    device, length = next(model.parameters()).device, 8
+    seen: list[Tensor] = []
+    handle = model.value_head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    ids = torch.arange(length, device=device).repeat(2)
+    bounds = torch.tensor([0, length, 2 * length], dtype=torch.int32, device=device)
+    training = model.training
+    model.eval()(ids, torch.ones_like(ids).bool(), bounds)
+    model.train(training)
+    handle.remove()
+    first, second = seen[0].chunk(2)
+    # Rounding in 16 bits is a percent or two; what goes before changes about as much as the features are large.
+    if (first - second).norm() > 0.1 * first.norm():
+        raise UserError("data.packing must be false for this backbone: it does not keep packed sequences apart")
 
 
 def forget_gguf(backbone: Any) -> None:
@@ -234,7 +257,8 @@ def _token_classifier(backbone: Any, head: nn.Module) -> Any | None:
     if not isinstance(getattr(whole, whole.base_model_prefix), type(backbone)) or _classifier(whole) is None:
         return None
     setattr(whole, whole.base_model_prefix, backbone)
-    _classifier(whole).load_state_dict(head.state_dict())
+    # In float32 beside a bfloat16 backbone too, or margins smaller than its rounding would be lost.
+    _classifier(whole).float().load_state_dict(head.state_dict())
     return whole
 
 
@@ -428,6 +452,13 @@ def continue_prompt(model: Any, group: PromptGroup) -> tuple[Any, Any]:
     # transformers 5.24 renamed the argument, and the old name warns there.
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     cache = DynamicCache(config=model.config)
+    if not all(hasattr(layer, "batch_repeat_interleave") for layer in cache.layers):
+        # A recurrent layer's state cannot go on in several ways: each solution reads the prompt for itself.
+        prompts = torch.tensor([prompt_ids], device=device).expand(len(solutions), -1)
+        whole = model(torch.cat([prompts, output_ids], 1), attention_mask=attention_mask, use_cache=False)
+        key = "logits" if "logits" in whole else "last_hidden_state"
+        before, after = whole[key].split([len(prompt_ids), output_ids.shape[1]], dim=1)
+        return type(whole)({key: before[:1]}), type(whole)({key: after})
     prompt = model(input_ids=torch.tensor([prompt_ids], device=device), use_cache=True, **{name: cache})
     cache.batch_repeat_interleave(len(solutions))
     output = model(input_ids=output_ids, attention_mask=attention_mask, use_cache=True, **{name: cache})

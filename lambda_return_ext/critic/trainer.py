@@ -24,7 +24,7 @@ from lambda_return_ext.critic.distributed import Ranks, gradients_wait, join_ran
 from lambda_return_ext.critic.interrupt import Interrupted, StopRequest
 from lambda_return_ext.critic.losses import count_terms, value_loss, window_mask
 from lambda_return_ext.critic.metrics import evaluate_pairs, length_baseline, likelihood_baseline
-from lambda_return_ext.critic.model import group_by_prompt
+from lambda_return_ext.critic.model import check_packing, group_by_prompt
 from lambda_return_ext.critic.optimization import lam_schedule, lr_schedule, parameter_groups
 from lambda_return_ext.critic.plots import plot_curves
 from lambda_return_ext.critic.report import Display, open_log, print_data, print_results, read_metrics
@@ -63,6 +63,8 @@ def train_rank(config: Config, ranks: Ranks, resume: bool, overwrite: bool) -> d
     collate = build_collator(task, data.train + data.validation, display)
 
     module = parallelize(model, ranks, training)
+    if config.data.packing and not config.model.cache_features:
+        check_packing(model)
     optimizer = torch.optim.AdamW(parameter_groups(model, training, config.model.lora))
     lr_factor, lam = lr_schedule(training, task.steps), lam_schedule(training.value_loss, task.steps)
     progress: dict[str, Any] = {"step": 0, "best": [-1.0, 0.0], "seconds": 0.0, "skipped": 0, "stale": 0, "peak": -1.0}

@@ -16,8 +16,16 @@ from transformers import AutoModelForTokenClassification
 from lambda_return_ext.critic import checkpoint, trainer
 from lambda_return_ext.critic.cli import main
 from lambda_return_ext.critic.config import HeadConfig, LoraConfig, ModelConfig, TrainingConfig
+from lambda_return_ext.critic.data import Collator, Solution, TokenPair
 from lambda_return_ext.critic.errors import UserError
-from lambda_return_ext.critic.model import Backbone, ValueModel, build_model
+from lambda_return_ext.critic.model import (
+    Backbone,
+    ValueModel,
+    build_model,
+    check_packing,
+    compute_features,
+    group_by_prompt,
+)
 from lambda_return_ext.critic.optimization import parameter_groups
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -105,6 +113,50 @@ def test_export_writes_the_best_checkpoint_with_its_tokenizer(train, run_dir, in
         assert torch.equal(model.state_dict()[name], tensor)
     assert main(["export", str(run_dir), str(folder)]) == 2
     assert "FOLDER must not exist yet" in capsys.readouterr().err
+
+
+def make_backbone(architecture, **settings):
+    """A tiny backbone of another kind, with weights large enough to tell its features apart."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{architecture}Config")(**SIZES, pad_token_id=0, initializer_range=0.3, **settings)
+    return transformers.AutoModel.from_config(config)
+
+
+# Of rank patterns that peft makes itself.
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
+def test_adapters_of_a_mixture_of_experts_become_part_of_its_weights(inputs, tmp_path):
+    backbone = make_backbone("Qwen3Moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+    model = ValueModel(backbone, HeadConfig(type="linear"), None, True, LoraConfig(rank=2)).eval()
+    randomise_adapters(model)
+    ids, mask = inputs
+    with torch.no_grad():
+        expected = model(ids, mask)[mask]
+        model.save_pretrained(tmp_path)
+        torch.testing.assert_close(
+            ValueModel.from_pretrained(tmp_path)(ids, mask)[mask], expected, rtol=1e-4, atol=1e-5
+        )
+
+
+def test_a_linear_head_on_a_bfloat16_backbone_keeps_its_precision(tiny_backbone, tmp_path):
+    model = build(tiny_backbone, head=HeadConfig(type="linear"), dtype="bfloat16")
+    model.save_pretrained(tmp_path)
+    assert torch.equal(ValueModel.from_pretrained(tmp_path).value_head.weight, model.value_head.weight)
+
+
+def test_recurrent_layers_have_features_and_refuse_packing(tiny_backbone):
+    settings = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    model = ValueModel(make_backbone("Qwen3Next", **settings), HeadConfig(type="linear"), None, True).eval()
+    prompt = (5, 6, 7)
+    pair = TokenPair("p", Solution(prompt, (8, 9)), Solution(prompt, (10, 11, 12, 13)))
+    features = compute_features(model.backbone, group_by_prompt([pair]), lambda tokens: None)
+    whole, cached = Collator(0)([pair]), Collator(0, features)([pair])
+    with torch.no_grad():
+        expected = model(whole.inputs, whole.attention_mask)[whole.loss_mask]
+        got = model(cached.inputs, cached.attention_mask)[cached.loss_mask]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match=r"data\.packing must be false for this backbone"):
+        check_packing(model)
+    check_packing(build(tiny_backbone))
 
 
 # ---- what is loaded, and how -------------------------------------------------------------------------------------
