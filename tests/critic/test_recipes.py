@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -206,6 +207,8 @@ def test_the_production_configuration_names_and_explains_every_key():
     config = load_config(PRODUCTION)
     given = flatten(yaml.safe_load(text))
     assert given.keys() | {"model.config_overrides"} == flatten(config.model_dump()).keys() | {"model.config_overrides"}
+    bare = [line for line in text.splitlines() if re.fullmatch(r" *\w+: +[^# ][^#]*", line)]
+    assert bare == []  # each value has its reason behind it
     assert (config.model.lora.rank, config.training.strategy, config.training.precision) == (32, "fsdp", "bfloat16")
     assert config.training.batch_size % (8 * config.training.micro_batch_size) == 0
 
