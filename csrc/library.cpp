@@ -52,4 +52,16 @@ STABLE_TORCH_LIBRARY(lambda_return, m) {
       "td_lambda_loss_backward(Tensor grad_loss, Tensor scale, Tensor values, Tensor terminal_rewards, Tensor? mask, "
       "Tensor? attention_mask, Tensor? rewards, Tensor? old_values, Tensor? cu_seqlens, Tensor gamma, Tensor lam, "
       "int kind=0, float delta=1.0, float clip_range=0.0, int reduction=0) -> Tensor");
+
+  // kind: BinKind in kernels/categorical_value_loss.h; logits are [B, T, K], or [total, K] with cu_seqlens. returns and
+  // log_sums are kept for the backward, [B, T] or [total]; the latter is inf where a token does not count.
+  m.def(
+      "categorical_value_loss(Tensor logits, Tensor terminal_rewards, Tensor? mask, Tensor? attention_mask, "
+      "Tensor? rewards, Tensor? cu_seqlens, Tensor gamma, Tensor lam, Tensor? normalizer, int kind=0, float low=0.0, "
+      "float high=1.0, float sigma=0.75, int reduction=0) "
+      "-> (Tensor loss, Tensor scale, Tensor statistics, Tensor returns, Tensor log_sums)");
+  m.def(
+      "categorical_value_loss_backward(Tensor grad_loss, Tensor scale, Tensor logits, Tensor returns, "
+      "Tensor log_sums, Tensor? cu_seqlens, int kind=0, float low=0.0, float high=1.0, float sigma=0.75, "
+      "int reduction=0) -> Tensor");
 }

@@ -100,7 +100,7 @@ _ROWS: dict[Any, tuple[str | None, ...]] = {
 # These add up over rows, and so are called once for each element of the batch.
 _LOSSES = tuple(
     getattr(_ops, name + suffix).default
-    for name in ("lambda_value_loss", "masked_mse", "td_lambda_loss")
+    for name in ("lambda_value_loss", "masked_mse", "td_lambda_loss", "categorical_value_loss")
     for suffix in ("", "_backward")
 )
 
@@ -479,6 +479,71 @@ def _td_lambda_loss_backward(
 
 _register_autograd("td_lambda_loss", _td_lambda_loss_backward, _td_lambda_loss_setup, constants=2)
 
+# ---- categorical_value_loss: likewise, gradients reach logits only -------------------------------------------------
+
+
+@register_fake("lambda_return::categorical_value_loss")
+def _(
+    logits: Tensor,
+    terminal_rewards: Tensor,
+    mask: Tensor | None,
+    attention_mask: Tensor | None,
+    rewards: Tensor | None,
+    cu_seqlens: Tensor | None,
+    gamma: Tensor,
+    lam: Tensor,
+    normalizer: Tensor | None,
+    kind: int = 0,
+    low: float = 0.0,
+    high: float = 1.0,
+    sigma: float = 0.75,
+    reduction: int = 0,
+) -> tuple[Tensor, ...]:
+    _check_optional_devices(logits, terminal_rewards, mask, attention_mask, rewards, cu_seqlens, gamma, lam, normalizer)
+    dtype, tokens = _accumulate_dtype(logits), logits.shape[:-1]
+    return (
+        logits.new_empty(tokens if reduction == REDUCTIONS.index("none") else (), dtype=dtype),
+        logits.new_empty(_fake_rows(logits, cu_seqlens), dtype=dtype),
+        logits.new_empty(6, dtype=torch.float64),
+        logits.new_empty(tokens, dtype=dtype),
+        logits.new_empty(tokens, dtype=dtype),
+    )
+
+
+@register_fake("lambda_return::categorical_value_loss_backward")
+def _(
+    grad_loss: Tensor,
+    scale: Tensor,
+    logits: Tensor,
+    returns: Tensor,
+    log_sums: Tensor,
+    cu_seqlens: Tensor | None,
+    kind: int = 0,
+    low: float = 0.0,
+    high: float = 1.0,
+    sigma: float = 0.75,
+    reduction: int = 0,
+) -> Tensor:
+    _check_optional_devices(logits, grad_loss, scale, returns, log_sums, cu_seqlens)
+    return logits.new_empty(logits.shape)
+
+
+def _categorical_value_loss_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    logits, cu_seqlens = inputs[0], inputs[5]
+    ctx.options = inputs[9:]
+    _loss, scale, _statistics, returns, log_sums = output
+    ctx.save_for_backward(scale, logits, returns, log_sums, cu_seqlens)
+
+
+def _categorical_value_loss_backward(ctx: Any, grad_loss: Tensor, *_grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    operator = _ops.categorical_value_loss_backward.default
+    return call(operator, grad_loss, *ctx.saved_tensors, *ctx.options), *[None] * 13
+
+
+_register_autograd(
+    "categorical_value_loss", _categorical_value_loss_backward, _categorical_value_loss_setup, constants=4
+)
+
 # ---- eos_mask: not differentiable ---------------------------------------------------------------------------------
 
 
@@ -506,3 +571,6 @@ _unsupported("eos_mask", "a mask has no gradient")
 _unsupported("td_lambda_pair", "its outputs are targets and have no gradient; use td_lambda for each")
 _unsupported("td_lambda_map", "the map of a chunk has no gradient; see lambda_return_ext.distributed")
 _unsupported("td_lambda_loss_backward", "the fused loss has no second derivative; give it detach_targets=False")
+_unsupported(
+    "categorical_value_loss_backward", "the fused loss has no second derivative; write it with categorical_values"
+)

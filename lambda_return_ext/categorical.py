@@ -1,6 +1,7 @@
 """Value learning as classification: a head of K logits a token, trained by cross-entropy against lambda-targets.
 
-The targets come from the operators; the classification is torch's own softmax, which torch.compile fuses.
+On the CPU this is one operator, fused with the scan that makes the targets. It has no CUDA kernel yet: on a device the
+targets come from the operators, and the classification is torch's own softmax, which torch.compile fuses.
 
 Source: Farebrother et al., Stop Regressing (2024), arXiv:2403.03950, sections 3.1 and 3.2.
 """
@@ -13,10 +14,12 @@ from torch import Tensor
 
 from . import reference
 from ._arguments import VALUE_DTYPES, check_choice, check_like, check_positive, check_tensor
-from ._registrations import REDUCTIONS
-from .functional import compute_lambda_return, lambda_return_varlen
+from ._registrations import REDUCTIONS, call
+from .functional import _check_scan, _Scan, check_normalizer
 
-TARGETS = ("hl_gauss", "two_hot")
+_ops = torch.ops.lambda_return
+
+TARGETS = ("hl_gauss", "two_hot")  # in the order of csrc/kernels/categorical_value_loss.h
 
 
 class Bins(NamedTuple):
@@ -34,7 +37,7 @@ class Bins(NamedTuple):
         """Raise ValueError or TypeError where these are no bins."""
         check_choice("bins.target", self.target, TARGETS)
         check_positive("bins.sigma", self.sigma)
-        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+        if not -math.inf < self.low < self.high < math.inf:
             raise ValueError(f"bins.low must be below bins.high, both finite, got {self.low} and {self.high}")
 
     def centers(self, K: int, like: Tensor) -> Tensor:
@@ -58,14 +61,13 @@ class Bins(NamedTuple):
         return cdf.diff(dim=-1) / (cdf[..., -1:] - cdf[..., :1])
 
 
-def _check_logits(logits: Tensor, packed: bool) -> Tensor:
+def _check_logits(logits: Tensor, packed: bool) -> None:
     check_tensor("logits", logits)
     if logits.dtype not in VALUE_DTYPES:
         raise TypeError(f"logits must be float32, bfloat16, float16 or float64, got {logits.dtype}")
     if logits.dim() != (2 if packed else 3) or logits.shape[-1] < 2:
         shape = "[total, K]" if packed else "[B, T, K]"
         raise ValueError(f"logits must have shape {shape} with K >= 2, got {list(logits.shape)}")
-    return logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
 
 
 def categorical_values(logits: Tensor, bins: Bins | None = None) -> Tensor:
@@ -102,7 +104,8 @@ def compute_categorical_value_loss(
     cu_seqlens: Tensor | None = None,
     reduction: str = "token_mean",
     normalizer: Tensor | None = None,
-) -> Tensor:
+    return_statistics: bool = False,
+) -> Any:
     r"""Cross-entropy of a head of K logits against the TD(lambda) targets of the values it says.
 
     .. math:: L = \frac{\sum m \left( -\sum_k q_k(G) \log \mathrm{softmax}(x)_k \right)}{\sum m}
@@ -110,8 +113,13 @@ def compute_categorical_value_loss(
     with G of :func:`~lambda_return_ext.compute_lambda_return` on :func:`categorical_values`, held constant. q is, for
     ``hl_gauss``, a Gaussian around G cut into intervals; for ``two_hot``, the two neighbours of G in proportion.
 
+    Fused on the CPU: forward reads the logits once, and of each token that counts again the few where q is not 0;
+    backward reads them once and writes :math:`\mathrm{softmax}(x) - q`. What is kept for it besides the logits are two
+    numbers a token. The logits of masked tokens are not read at all.
+
     Args:
-        logits: x, [B, T, K], or [total, K] with ``cu_seqlens``; float32, bfloat16, float16 or float64.
+        logits: x, [B, T, K], or [total, K] with ``cu_seqlens``; float32, bfloat16, float16 or float64. The K logits of
+            a token are read in place where they stand next to one another; any other layout costs one copy.
         terminal_rewards: R, [B], any real dtype.
         attention_mask: [B, T] or [total], any real dtype, nonzero = valid; weights the loss only. None with
             ``cu_seqlens``: every token.
@@ -124,32 +132,70 @@ def compute_categorical_value_loss(
         cu_seqlens: [B + 1], int32 or int64: packed sequences.
         reduction: ``token_mean``, ``sequence_mean``, ``sum`` or ``none``.
         normalizer: 0-dim; takes the place of the number of tokens, or of sequences.
+        return_statistics: also return the sums from which :func:`~lambda_return_ext.explained_variance` is computed.
 
     Returns:
-        The loss, 0-dim (but for ``none``), float32 (float64 for float64 logits); 0 where no token counts.
+        The loss, 0-dim (but for ``none``), float32 (float64 for float64 logits); 0 where no token counts. With
+        ``return_statistics`` the loss and [6], as of :func:`~lambda_return_ext.compute_lambda_value_loss`.
 
     Raises:
         TypeError: a tensor argument is no tensor or has an unsupported dtype; a number is none.
         ValueError: a shape or device does not match; a number or an option is not as above.
     """
     bins = bins or Bins()
-    check_choice("reduction", reduction, REDUCTIONS)
-    x = _check_logits(logits, cu_seqlens is not None)
+    bins.check()
+    how = check_choice("reduction", reduction, REDUCTIONS)
+    _check_logits(logits, cu_seqlens is not None)
+    # The arguments are those of a scan over values that nobody has yet: only their shape and dtype are looked at.
+    unseen = logits.detach()[..., 0]
+    scan = _check_scan(unseen, terminal_rewards, loss_mask, gamma, lam, rewards, bootstrap_values, cu_seqlens)
+    if attention_mask is not None or cu_seqlens is None:
+        check_like("attention_mask", attention_mask, unseen)
+    normalizer = check_normalizer(normalizer, reduction, unseen)
+    scan = scan._replace(
+        terminal_rewards=scan.terminal_rewards.detach(), rewards=None if rewards is None else rewards.detach()
+    )
+    if logits.device.type != "cpu":
+        result, statistics = _unfused_loss(logits, scan, attention_mask, bins, reduction, normalizer)
+        return (result, statistics) if return_statistics else result
+    result, _scale, statistics, _returns, _log_sums = call(
+        _ops.categorical_value_loss.default,
+        logits,
+        scan.terminal_rewards,
+        scan.mask,
+        attention_mask,
+        scan.rewards,
+        scan.cu_seqlens,
+        scan.gamma,
+        scan.lam,
+        normalizer,
+        TARGETS.index(bins.target),
+        float(bins.low),
+        float(bins.high),
+        float(bins.sigma),
+        how,
+    )
+    return (result, statistics) if return_statistics else result
+
+
+def _unfused_loss(
+    logits: Tensor,
+    scan: _Scan,
+    attention_mask: Tensor | None,
+    bins: Bins,
+    reduction: str,
+    normalizer: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The same in torch operations, but for the scan: for devices without a kernel."""
+    x = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
     values = categorical_values(x.detach(), bins)
-    options: dict[str, Any] = {"rewards": rewards, "bootstrap_values": bootstrap_values}
-    mask: Any = loss_mask  # checked by the functions that take it
-    with torch.no_grad():
-        if cu_seqlens is None:
-            targets = compute_lambda_return(values, terminal_rewards, mask, gamma, lam, **options)
-        else:
-            targets = lambda_return_varlen(values, terminal_rewards, cu_seqlens, mask, gamma, lam, **options)
+    targets = call(_ops.td_lambda.default, values, *scan[1:], False)
     counts = torch.ones_like(values, dtype=torch.bool)
-    for name, weights in (("loss_mask", loss_mask), ("attention_mask", attention_mask)):
-        if weights is not None or cu_seqlens is None:
-            check_like(name, weights, values)
-            counts = counts & (weights != 0)
+    for weights in (scan.mask, attention_mask):
+        counts = counts if weights is None else counts & (weights != 0)
     # What does not count is replaced first, so that a NaN there reaches no gradient.
     logs = torch.where(counts[..., None], x, 0.0).log_softmax(-1)
     q = bins.probabilities(torch.where(counts, targets, bins.low), x.shape[-1])
     losses = torch.where(counts, -(q * logs).sum(-1), 0.0)
-    return reference.reduce_losses(losses, counts, reduction, normalizer, cu_seqlens)
+    _losses, statistics = reference.token_losses(values, targets, counts)
+    return reference.reduce_losses(losses, counts, reduction, normalizer, scan.cu_seqlens), statistics

@@ -482,6 +482,20 @@ def lambda_value_loss_varlen(
     )
 
 
+def check_normalizer(normalizer: Tensor | None, reduction: str, values: Tensor) -> Tensor | None:
+    """Return what takes the place of a mean's own count, without gradient."""
+    if normalizer is None:
+        return None
+    check_tensor("normalizer", normalizer)
+    if not reduction.endswith("_mean"):
+        raise ValueError(f"normalizer must be None with reduction {reduction!r}: there is no mean to normalise")
+    if normalizer.dim() != 0 or normalizer.is_complex():
+        raise ValueError(f"normalizer must be real and 0-dim, got {normalizer.dtype} {list(normalizer.shape)}")
+    if normalizer.device != values.device:
+        raise ValueError(f"normalizer must be on the device of the values, {values.device}, got {normalizer.device}")
+    return normalizer.detach()
+
+
 class _Loss(NamedTuple):
     kind: int
     delta: float
@@ -512,17 +526,7 @@ def _check_loss(
         if old_values.dtype != values.dtype:
             raise TypeError(f"old_values must have the dtype of the values, {values.dtype}, got {old_values.dtype}")
         old_values = old_values.detach()
-    if normalizer is not None:
-        check_tensor("normalizer", normalizer)
-        if not reduction.endswith("_mean"):
-            raise ValueError(f"normalizer must be None with reduction {reduction!r}: there is no mean to normalise")
-        if normalizer.dim() != 0 or normalizer.is_complex():
-            raise ValueError(f"normalizer must be real and 0-dim, got {normalizer.dtype} {list(normalizer.shape)}")
-        if normalizer.device != values.device:
-            raise ValueError(
-                f"normalizer must be on the device of the values, {values.device}, got {normalizer.device}"
-            )
-        normalizer = normalizer.detach()
+    normalizer = check_normalizer(normalizer, reduction, values)
     clip = 0.0 if clip_range is None else check_positive("clip_range", clip_range)
     return _Loss(kind, check_positive("delta", delta), old_values, clip, how, normalizer)
 

@@ -1,4 +1,4 @@
-#include "td_lambda_scan.h"
+#include "loss_reduction.h"
 
 namespace lambda_return::cpu {
 namespace {
@@ -35,33 +35,6 @@ void for_loss_blocks(const TdLambdaLossArguments& in, const Layout& layout, cons
   });
 }
 
-// The sums of each row, added up over its stretches in their order.
-std::vector<TokenSums> row_sums(const RowShape& rows, const std::vector<TokenSums>& parts) {
-  std::vector<TokenSums> sums(rows.B);
-  const TokenSums* part = parts.data();
-  for (int64_t row = 0; row < rows.B; ++row) {
-    for (int64_t index = 0; index < rows.stretches(row); ++index) {
-      sums[row].add(*part++);
-    }
-  }
-  return sums;
-}
-
-double reciprocal(double x) { return x == 0 ? 0 : 1 / x; }
-
-// Element i of a contiguous float32 or float64 tensor, and of a 0-dim one.
-void write(const Tensor& x, int64_t i, double value) {
-  if (x.scalar_type() == ScalarType::Double) {
-    static_cast<double*>(x.mutable_data_ptr())[i] = value;
-  } else {
-    static_cast<float*>(x.mutable_data_ptr())[i] = static_cast<float>(value);
-  }
-}
-double read(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? *static_cast<const double*>(x.const_data_ptr())
-                                               : double(*static_cast<const float*>(x.const_data_ptr()));
-}
-
 std::tuple<Tensor, Tensor, Tensor> td_lambda_loss(
     const Tensor& values, const Tensor& terminal_rewards, const OptionalTensor& mask,
     const OptionalTensor& attention_mask, const OptionalTensor& rewards, const OptionalTensor& old_values,
@@ -70,52 +43,18 @@ std::tuple<Tensor, Tensor, Tensor> td_lambda_loss(
   const TdLambdaLossArguments in(
       values, terminal_rewards, mask, attention_mask, rewards, old_values, cu_seqlens, gamma, lam, kind, delta,
       clip_range, reduction);
-  if (normalizer) check_scalar(*normalizer, "normalizer", values);
   const Layout layout(in.shape);
-  const RowShape& rows = layout.rows();
-  const ScalarType acc_dtype = accumulate_dtype(values);
-  const bool token_losses = in.reduction == Reduction::kNone;
-  Tensor loss = token_losses ? in.shape.new_tokens(acc_dtype) : torch::stable::new_empty(values, {}, acc_dtype);
-  Tensor scale = torch::stable::new_empty(values, {rows.B}, acc_dtype);
-  Tensor statistics = torch::stable::new_empty(values, {TokenSums::kStatistics}, ScalarType::Double);
-
-  std::vector<int64_t> first_part(rows.B + 1, 0);
-  for (int64_t row = 0; row < rows.B; ++row) first_part[row + 1] = first_part[row] + rows.stretches(row);
-  std::vector<TokenSums> parts(first_part[rows.B]);
-
+  LossReduction loss(in.shape, layout, in.reduction, normalizer);
   THO_DISPATCH_V2(values.scalar_type(), "td_lambda_loss", AT_WRAP([&] {
     using acc_t = accumulate_t<scalar_t>;
     const auto token_loss = in.token_loss<acc_t>();
-    const auto losses = mutable_token_rows<acc_t>(loss, token_losses);
     for_loss_blocks<scalar_t>(in, layout, [&](const Stretch& stretch, const auto& block, LossBlock<acc_t> tokens) {
-      if (token_losses) tokens.losses = layout.row_of(losses, stretch.row) + block.begin;
-      token_loops(acc_t()).token_losses(token_loss, tokens, &parts[first_part[stretch.row] + stretch.index]);
+      acc_t* losses = loss.losses_of<acc_t>(stretch.row);
+      if (losses != nullptr) tokens.losses = losses + block.begin;
+      token_loops(acc_t()).token_losses(token_loss, tokens, loss.sums_of(stretch));
     });
   }), LAMBDA_RETURN_VALUE_TYPES);
-
-  const std::vector<TokenSums> sums = row_sums(rows, parts);
-  TokenSums all;
-  double sequences = 0, of_sequences = 0;
-  for (const TokenSums& row : sums) {
-    all.add(row);
-    sequences += row.tokens > 0;
-    of_sequences += row.loss * reciprocal(row.tokens);
-  }
-  const bool by_sequence = in.reduction == Reduction::kSequenceMean;
-  double denominator = 1;
-  if (normalizer) {
-    denominator = read(contiguous_as(*normalizer, acc_dtype));
-  } else if (by_sequence || in.reduction == Reduction::kTokenMean) {
-    denominator = by_sequence ? sequences : all.tokens;
-  }
-  const double factor = reciprocal(denominator);
-  for (int64_t row = 0; row < rows.B; ++row) {
-    write(scale, row, by_sequence ? factor * reciprocal(sums[row].tokens) : factor);
-  }
-  if (!token_losses) write(loss, 0, (by_sequence ? of_sequences : all.loss) * factor);
-  const double kept[] = {all.tokens, all.returns, all.squared_returns, all.errors, all.squared_errors, all.clipped};
-  std::copy(std::begin(kept), std::end(kept), static_cast<double*>(statistics.mutable_data_ptr()));
-  return {loss, scale, statistics};
+  return loss.finish();
 }
 
 Tensor td_lambda_loss_backward(
