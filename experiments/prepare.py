@@ -151,13 +151,16 @@ def load_features(settings: Settings, name: str) -> dict[Solution, Tensor]:
     return dict(zip(solutions, parts, strict=True))
 
 
-def likelihood(settings: Settings, name: str) -> dict[str, list[int]]:
-    """Of each problem, for each of its pairs, 1 where the right answer is likelier per token."""
+def likelihood(settings: Settings, name: str) -> dict[str, list[float]]:
+    """The accuracy of ranking by likelihood per token in each problem, or in every so many of them."""
     model = Backbone(str(save_backbone(settings))).language_model().eval()
-    found: dict[str, list[int]] = defaultdict(list)
+    by_problem: dict[str, list[TokenPair]] = defaultdict(list)
     for pair in all_pairs(settings, name):
-        found[pair.problem].append(int(likelihood_baseline(model, [pair], group_by_prompt([pair]), lambda _: None)))
-    return dict(found)
+        by_problem[pair.problem].append(pair)
+    return {
+        problem: [likelihood_baseline(model, by_problem[problem], group_by_prompt(by_problem[problem]), lambda _: None)]
+        for problem in sorted(by_problem)[:: settings["report"]["likelihood_every"]]
+    }
 
 
 def describe_pairs(settings: Settings, name: str) -> dict[str, Any]:

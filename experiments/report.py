@@ -17,6 +17,14 @@ from lambda_return_ext.critic.checkpoint import atomic_path, write_text
 
 Run = Mapping[str, Any]
 REFERENCE = {"lambda_linear": "mc_linear", "lambda_block": "mc_block"}  # each against Monte-Carlo with its own head
+# What the recipe's parts do: the first minus the second, and what that leaves.
+CONTRASTS = (
+    ("lambda", "mc_bias", "λ-return and warm-up, from the same first prediction"),
+    ("mc_bias", "mc", "first prediction of 0.5, Monte-Carlo"),
+    ("lambda", "lambda_no_bias", "first prediction of 0.5, λ-return"),
+    ("lambda", "lambda_no_warmup", "warm-up on the last token"),
+    ("lambda_no_warmup", "mc_bias", "λ-return alone"),
+)
 COMMAND = "make experiment"
 
 
@@ -145,7 +153,8 @@ def checklist(runs: Sequence[Run], settings: Mapping[str, Any]) -> Table:
         after = checks.index(settings["contestants"]["lambda"]["lambda_return"]["warmup_steps"])
         first = max((run["trace"][0]["validation_mean"] for run in ours), key=lambda value: abs(value - 0.5))
         elsewhere = max(run["warmup_gradient_elsewhere"] for run in ours)
-        warm, last = (mean_of(ours, "validation_pairwise_accuracy", check) for check in (after, -1))
+        warm = mean_of(ours, "validation_pairwise_accuracy", after)  # over pairs; the primary figure is over problems
+        last = interval([*by_problem([run["validation"] for run in ours]).values()], *how)[0]
         spread = [mean_of(ours, "validation_token_variance_right", check) for check in (after, -1)]
         spread_mc = mean_of(theirs, "validation_token_variance_right")
         seeds = {run["seed"] for run in ours} & {run["seed"] for run in theirs}
@@ -165,6 +174,30 @@ def checklist(runs: Sequence[Run], settings: Mapping[str, Any]) -> Table:
     return Table(columns, rows)
 
 
+def contrasts(runs: Sequence[Run], settings: Mapping[str, Any]) -> Table:
+    """Paired differences between contestants that differ in one part of the recipe."""
+    how = settings["report"]["resamples"], settings["report"]["seed"]
+    rows: list[tuple[Any, ...]] = []
+    for data_set, regime in dict.fromkeys(cell[:2] for cell in cells(runs)):
+        for ours, theirs, meaning in CONTRASTS:
+            sides = [{run["seed"]: run for run in select(runs, data_set, regime, name)} for name in (ours, theirs)]
+            seeds = sorted(sides[0].keys() & sides[1].keys())
+            if seeds:
+                pairs = ([side[seed]["validation"] for seed in seeds] for side in sides)
+                found = interval([*differences(*pairs).values()], *how)
+                rows.append(
+                    (
+                        data_set,
+                        regime,
+                        f"{ours} - {theirs}",
+                        meaning,
+                        len(seeds),
+                        *(f"{number:+.3f}" for number in found),
+                    )
+                )
+    return Table(("data_set", "regime", "contrast", "what it isolates", "seeds", "difference", "low", "high"), rows)
+
+
 def baselines(runs: Sequence[Run], facts: Mapping[str, Any]) -> Table:
     """What needs no training: length for every data set, likelihood for the rollouts."""
     rows: list[tuple[Any, ...]] = []
@@ -172,7 +205,9 @@ def baselines(runs: Sequence[Run], facts: Mapping[str, Any]) -> Table:
         chosen = select(runs, data_set, regime, "mc")
         rows.append((data_set, regime, "length", f"{sum(run['length'] for run in chosen) / len(chosen):.3f}"))
     likely = by_problem([facts["likelihood"]])
-    rows.append(("rollouts", "all problems", "likelihood per token", f"{sum(likely.values()) / len(likely):.3f}"))
+    rows.append(
+        ("rollouts", f"{len(likely)} problems", "likelihood per token", f"{sum(likely.values()) / len(likely):.3f}")
+    )
     return Table(("data_set", "regime", "baseline", "pairwise_accuracy"), rows)
 
 
@@ -189,7 +224,7 @@ def plot_differences(table: Table, path: Path) -> None:
     axis.set_yticks(range(len(rows)), [f"{row[2]}, {row[0]} ({row[1]})" for row in rows], fontsize=8)
     axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.set_xlabel("validation pairwise accuracy minus that of Monte-Carlo with the same head")
-    axis.set_title("95 % bootstrap intervals over problems; blue: 60 problems to train on, orange: all")
+    axis.set_title("95 % intervals; blue: 60 problems, orange: more", fontsize=10)
     axis.grid(axis="x", alpha=0.3)
     _save(figure, path)
 
@@ -239,14 +274,14 @@ def _save(figure: Any, path: Path) -> None:
     _pyplot().close(figure)
 
 
-def five_lines(table: Table, checks: Table) -> list[str]:
+def five_lines(table: Table, checks: Table, parts: Table) -> list[str]:
     """What came out, in words that follow from the numbers."""
     main = [row for row in table.rows if row[2] == "lambda"]
     better = [f"{row[0]} ({row[1]})" for row in main if float(row[9]) > 0]
     worse = [f"{row[0]} ({row[1]})" for row in main if float(row[10]) < 0]
     listed = "; ".join(f"{row[0]} ({row[1]}) {row[8]} [{row[9]}, {row[10]}]" for row in main)
-    others = [row for row in table.rows if row[8] and row[2] != "lambda"]
-    clear = [f"{row[2]}, {row[1]} {row[8]}" for row in others if float(row[9]) > 0 or float(row[10]) < 0]
+    same = [row for row in parts.rows if row[2] == "lambda - mc_bias"]
+    isolated = "; ".join(f"{row[0]} ({row[1]}) {row[5]} [{row[6]}, {row[7]}]" for row in same)
     overfit = "; ".join(
         f"{row[0]} ({row[1]}) {row[2]} {row[4]} to {row[5]}" for row in table.rows if row[2] in ("mc", "lambda")
     )
@@ -257,23 +292,25 @@ def five_lines(table: Table, checks: Table) -> list[str]:
         f"{'on ' + ', '.join(worse) if worse else 'nowhere'}; elsewhere the interval holds 0.",
         f"λ minus Monte-Carlo, with 95 % intervals over problems: {listed}.",
         f"Training to validation accuracy at the last step: {overfit}.",
-        f"Of the other contestants on the rollouts, {len(clear)} of {len(others)} differ from Monte-Carlo"
-        f"{': ' + '; '.join(clear) if clear else ''}.",
+        f"λ minus Monte-Carlo from the same first prediction of 0.5: {isolated or 'not run'}.",
         f"Of the plan's checklist, {len(held)} of {len(checks.rows)} rows hold.",
     ]
 
 
 def write_report(settings: Mapping[str, Any]) -> None:
     """Write the CSV files, the plots and the page."""
-    results, figures = Path(settings["results"]), Path(settings["report"]["figures"])
+    folder, results = Path(settings["folder"]), Path(settings["results"])
+    figures = Path(settings["report"]["figures"])
+    results.mkdir(parents=True, exist_ok=True)
     page = Path(settings["report"]["page"])
-    runs = read_runs(results / "runs")
-    facts = json.loads((results / "data.json").read_text(encoding="utf-8"))
+    runs = read_runs(folder / "runs")
+    facts = json.loads((folder / "data.json").read_text(encoding="utf-8"))
     table, checks = summary(runs, settings), checklist(runs, settings)
     sets = Table(tuple(facts["sets"][0]), [tuple(each.values()) for each in facts["sets"]])
     tables = {
         "summary": table,
         "checklist": checks,
+        "contrasts": contrasts(runs, settings),
         "human_eval": summary(runs, settings, "human_eval"),
         "baselines": baselines(runs, facts),
         "data_sets": sets,
@@ -299,7 +336,8 @@ def page_text(settings: Mapping[str, Any], runs: Sequence[Run], tables: Mapping[
         "*Generated by `make experiment` from the CSV files in "
         f"`{settings['results']}`; edit `experiments/`, not this page.*",
         "\n".join(
-            f"{number}. {line}" for number, line in enumerate(five_lines(tables["summary"], tables["checklist"]), 1)
+            f"{number}. {line}"
+            for number, line in enumerate(five_lines(tables["summary"], tables["checklist"], tables["contrasts"]), 1)
         ),
         notes.read_text(encoding="utf-8").strip() if notes.exists() and figures else "",
         f"![Differences from Monte-Carlo]({figures}evidence_differences.png)",
@@ -310,6 +348,8 @@ def page_text(settings: Mapping[str, Any], runs: Sequence[Run], tables: Mapping[
         tables["summary"].markdown(),
         "## The plan's checklist",
         tables["checklist"].markdown(),
+        "## Which part of the recipe",
+        tables["contrasts"].markdown(),
         "## HumanEval, never trained on",
         tables["human_eval"].markdown(),
         "## Baselines",

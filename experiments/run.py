@@ -58,7 +58,7 @@ def contests(settings: Mapping[str, Any]) -> Iterator[Contest]:
 
 def run_contests(settings: Mapping[str, Any], part: int, parts: int) -> None:
     """The runs that have no file yet; each process begins elsewhere, and passes over what another has finished."""
-    folder = Path(settings["results"]) / "runs"
+    folder = Path(settings["folder"]) / "runs"
     folder.mkdir(parents=True, exist_ok=True)
     loaded: dict[str, dict[Any, torch.Tensor]] = {}
 
@@ -103,7 +103,7 @@ def do_stage(stage: str, settings: Mapping[str, Any], part: int, parts: int) -> 
     elif stage == "contests":
         run_contests(settings, part, parts)
     else:
-        facts = Path(settings["results"]) / "data.json"
+        facts = Path(settings["folder"]) / "data.json"
         if not facts.exists():
             sets = [prepare.describe_pairs(settings, name) for name in prepare.DATA_SETS]
             write_json(facts, {"sets": sets, "likelihood": prepare.likelihood(settings, "rollouts")})

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-Ranked = Mapping[str, Sequence[int]]  # of each problem, for each of its pairs, 1 where it is ranked right
+Ranked = Mapping[str, Sequence[float]]  # of each problem, for each of its pairs, 1 where it is ranked right
 
 
 def by_problem(runs: Sequence[Ranked]) -> dict[str, float]:

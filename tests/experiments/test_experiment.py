@@ -169,7 +169,7 @@ def made_up_run(contest, gain):
 
 def test_the_page_says_what_the_runs_say(tmp_path):
     settings = run.load_settings(quick=False)
-    settings["results"] = str(tmp_path)
+    settings |= {"folder": str(tmp_path), "results": str(tmp_path / "results")}
     settings["report"] |= {"figures": str(tmp_path), "page": str(tmp_path / "page.md"), "resamples": 500}
     (tmp_path / "runs").mkdir()
     for name, gain in (("mc", 0.0), ("lambda", 0.4)):
@@ -181,15 +181,15 @@ def test_the_page_says_what_the_runs_say(tmp_path):
     report.write_report(settings)
     page = (tmp_path / "page.md").read_text(encoding="utf-8")
     assert "better than Monte-Carlo on rollouts (small), and worse nowhere" in page
-    assert "| rollouts | all problems | likelihood per token | 0.500 |" in page
-    assert (tmp_path / "summary.csv").read_text().count("\n") == 3
+    assert "| rollouts | 1 problems | likelihood per token | 0.500 |" in page
+    assert (tmp_path / "results" / "summary.csv").read_text().count("\n") == 3
     assert (tmp_path / "evidence_differences.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_finished_runs_are_skipped_and_the_others_made(tmp_path, tiny, monkeypatch):
     (tmp_path / "experiment").mkdir()
     settings = copy.deepcopy(run.load_settings(quick=True))
-    settings |= {"folder": str(tmp_path / "experiment"), "results": str(tmp_path / "results")}
+    settings["folder"] = str(tmp_path / "experiment")
     settings["features"] |= {"layers": 1, "max_length": 32}
     settings["run"] |= {"steps": 17, "checks": [15, 17], "batch_size": 4, "hidden_size": 8}
     settings["data_sets"] = {"rollouts": {"validation_problems": 5, "regimes": {"small": 8}}}
@@ -197,7 +197,7 @@ def test_finished_runs_are_skipped_and_the_others_made(tmp_path, tiny, monkeypat
     (tmp_path / "experiment" / "rollouts.jsonl").write_text((tiny / "pairs.jsonl").read_text())
     monkeypatch.setattr(prepare, "save_backbone", lambda _: tiny)
     prepare.make_features(settings, "rollouts")
-    runs = tmp_path / "results" / "runs"
+    runs = tmp_path / "experiment" / "runs"
     runs.mkdir(parents=True)
     (runs / "rollouts-small-mc-0.json").write_text("finished")
     run.run_contests(settings, 0, 1)
