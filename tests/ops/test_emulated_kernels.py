@@ -222,7 +222,7 @@ def test_property(kernels, data):
     check(kernels, batch, data.draw(unit_floats), data.draw(unit_floats), layout)
 
 
-@pytest.mark.parametrize("T", [1, 31, 32, 255, 256, 257, 513, 1100])
+@pytest.mark.parametrize("T", [1, 15, 16, 17, 257, 513, 4095, 4096, 4097, 8300])
 @pytest.mark.parametrize("kind", MASK_KINDS)
 def test_eos_mask(kernels, kind, T):
     mask = make_mask(kind, 5, T)
