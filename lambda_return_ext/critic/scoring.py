@@ -64,6 +64,8 @@ def score_file(
     Raises:
         UserError: the run, the data or the output is wrong.
     """
+    if Path(output).resolve() == Path(data).resolve():
+        raise UserError(f"--output must be another file than the data, got {output!r} for both")
     if Path(output).exists() and not overwrite:
         raise UserError(f"--output must not exist yet, got {output!r}: give --overwrite to replace it")
     writer_of = _writer_of(Path(output))

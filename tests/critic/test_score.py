@@ -127,12 +127,14 @@ def test_what_score_refuses_leaves_nothing_behind(run, write_pairs, tmp_path, ca
         (["none.jsonl", "--run", run, "--output", str(output)], "must be a readable JSONL file, got 'none.jsonl'"),
         ([bad, "--run", run, "--output", str(output)], "bad.jsonl:10: a row must have the keys"),
         ([good, "--run", run, "--output", str(tmp_path / "no" / "scores.jsonl")], "must be a file that can be written"),
-        ([good, "--run", run, "--output", good], "--output must not exist yet"),
+        ([good, "--run", run, "--output", good, "--overwrite"], "--output must be another file than the data"),
     ):
         before = sorted(tmp_path.iterdir())
         assert main(["score", *arguments]) == 2
         assert message in capsys.readouterr().err
         assert sorted(tmp_path.iterdir()) == before
     output.write_text("old", encoding="utf-8")
+    assert main(["score", good, "--run", run, "--output", str(output)]) == 2
+    assert "--output must not exist yet" in capsys.readouterr().err
     assert main(["score", good, "--run", run, "--output", str(output), "--overwrite"]) == 0
     assert len(records_of(output)) == 16
