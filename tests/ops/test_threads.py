@@ -4,6 +4,8 @@ import pytest
 import torch
 from ops_testing import make_batch, make_grad
 
+import lambda_return_ext  # noqa: F401  registers the operators
+
 ops = torch.ops.lambda_return
 
 # Rows of every size: many short ones, a few long ones (several times 16384 tokens, the least that is worth a second
@@ -34,6 +36,10 @@ def calls(batch):
     discounts = torch.ones(len(values)).double(), torch.tensor(0.95).double()
     general = mask, grad, None, *discounts
     loss = 1, 0.5, 0.1, 1  # huber, clipped, sequence mean
+    logits = torch.stack([values, grad, -values], -1)
+    accumulated = torch.float64 if values.dtype == torch.float64 else torch.float32
+    returns, log_sums = grad.to(accumulated), logits.logsumexp(-1).to(accumulated)
+    two_hot = 1, 0.0, 1.0, 0.75, 1  # of bins over [0, 1], sequence mean
     return {
         "lambda_return": (values, rewards, mask),
         "lambda_return_backward": (grad, mask),
@@ -58,6 +64,16 @@ def calls(batch):
             None,
             *discounts,
             *loss,
+        ),
+        "categorical_value_loss": (logits, rewards, mask, attention_mask, grad, None, *discounts, None, *two_hot),
+        "categorical_value_loss_backward": (
+            scale,
+            torch.ones(len(values)),
+            logits,
+            returns,
+            log_sums,
+            None,
+            *two_hot,
         ),
     }
 
