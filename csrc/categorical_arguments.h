@@ -1,5 +1,5 @@
-// The arguments of categorical_value_loss and its backward, checked and laid out for the kernels: what CPU and CUDA
-// share.
+// The arguments of categorical_value_loss and its backward, checked and laid out for the kernels. Nothing here is the
+// CPU's own.
 #pragma once
 
 #include "kernels/categorical_value_loss.h"

@@ -336,8 +336,8 @@ def compute_lambda_value_loss(
     * ``bce_with_logits``: the same with :math:`V = \sigma(x)` of a head that gives the logit x.
 
     With ``old_values`` the first three are clipped as PPO's value loss: the larger of the losses of V and of
-    :math:`V_{old} + \mathrm{clamp}(V - V_{old}, -c, c)`, c = ``clip_range``. Where both
-    are equal the gradient is that of V's.
+    :math:`V_{old} + \mathrm{clamp}(V - V_{old}, -c, c)`, c = ``clip_range``. Where both are
+    equal the gradient is that of V's.
 
     ``reduction``: ``token_mean`` as above; ``sequence_mean``, the mean over sequences of the mean over their tokens
     (sequences without a token count nowhere), so that long ones weigh no more; ``sum``; or ``none``, [B, T] with 0
