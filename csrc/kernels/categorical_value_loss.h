@@ -114,11 +114,12 @@ struct Bins {
     }
   }
 
- private:
   // The left edge of interval k, in standard deviations from the target times the square root of 2.
   LAMBDA_RETURN_HOST_DEVICE acc_t edge(acc_t place, int64_t k) const {
     return (static_cast<acc_t>(k) - acc_t(0.5) - place) * sharpness;
   }
+
+ private:
   LAMBDA_RETURN_HOST_DEVICE static acc_t two_hot(acc_t place, int64_t k) {
     const acc_t distance = place - static_cast<acc_t>(k), share = acc_t(1) - (distance < 0 ? -distance : distance);
     return share < 0 ? acc_t(0) : share;
