@@ -7,13 +7,19 @@ import sys
 from collections.abc import Sequence
 
 from lambda_return_ext.critic import codeio
-from lambda_return_ext.critic.errors import FirstRankError, UserError
+from lambda_return_ext.critic.errors import OtherRankError, UserError
 from lambda_return_ext.critic.interrupt import Interrupted
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return 0, 1 when a run fails, or 2 when the user has something to put right."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, more = parser.parse_known_args(argv)
+    if arguments.run is _train:  # argparse itself takes no overrides behind a flag
+        arguments.overrides += [word for word in more if not word.startswith("-")]
+        more = [word for word in more if word.startswith("-")]
+    if more:
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
     try:
         return arguments.run(arguments)
     except UserError as error:
@@ -29,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FloatingPointError as error:
         print(f"lambda-critic: error: {error}", file=sys.stderr)
         return 1
-    except FirstRankError:
+    except OtherRankError:
         return 2
     except Interrupted as stopped:
         print(f"lambda-critic: {stopped}", file=sys.stderr)
@@ -51,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     existing.add_argument("--resume", action="store_true", help="go on with the run in run_dir")
     existing.add_argument("--overwrite", action="store_true", help="remove the run in run_dir and start again")
     train.add_argument("--dry-run", action="store_true", help="check all, say what memory a rank needs, and stop")
-    train.add_argument("--ranks", type=int, default=1, metavar="N", help="processes that --dry-run reckons with")
+    train.add_argument("--ranks", type=int, metavar="N", help="processes that --dry-run reckons with")
     train.set_defaults(run=_train)
 
     evaluate = commands.add_parser("evaluate", help="evaluate the best checkpoint of a run on its validation problems")
@@ -96,15 +102,24 @@ def _parser() -> argparse.ArgumentParser:
 def _train(arguments: argparse.Namespace) -> int:
     # Imported here: the trainer's packages take seconds, which --help need not wait for.
     from lambda_return_ext.critic.config import load_config
+    from lambda_return_ext.critic.distributed import Launch, launched
     from lambda_return_ext.critic.dry_run import dry_run
     from lambda_return_ext.critic.trainer import train
 
-    if arguments.ranks < 1:
-        raise UserError(f"--ranks must be at least 1, got {arguments.ranks}")
-
-    config = load_config(arguments.config, arguments.overrides)
+    launch = launched() or Launch(0, 0, 1)
+    if arguments.dry_run and launch.rank > 0:
+        return 0  # the first process says it all
+    ranks = launch.size if arguments.ranks is None else arguments.ranks
+    if ranks < 1:
+        raise UserError(f"--ranks must be at least 1, got {ranks}")
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+    except UserError as error:
+        if launch.local_rank > 0:  # the processes of a machine read the same file: one of them says what is wrong
+            raise OtherRankError from error
+        raise
     if arguments.dry_run:
-        dry_run(config, arguments.ranks, resume=arguments.resume, overwrite=arguments.overwrite)
+        dry_run(config, ranks, resume=arguments.resume, overwrite=arguments.overwrite)
         return 0
     train(config, resume=arguments.resume, overwrite=arguments.overwrite)
     return 0

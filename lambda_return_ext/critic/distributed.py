@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lambda_return_ext.critic.config import Config, TrainingConfig
 from lambda_return_ext.critic.data import Solution
-from lambda_return_ext.critic.errors import FirstRankError, UserError
+from lambda_return_ext.critic.errors import OtherRankError, UserError
 from lambda_return_ext.critic.model import PromptGroup, ValueModel
 
 # Long enough for the others to wait while the first rank measures the baselines or writes a large checkpoint.
@@ -72,20 +72,27 @@ class Ranks:
         """Act on the first rank while the others wait, and return what came of it; None on the others.
 
         Raises:
-            FirstRankError: on the others, when the first one raises.
+            OtherRankError: on the others, when the first one raises.
+        """
+        return self.together(lambda: act() if self.is_first else None)
+
+    def together(self, act: Callable[[], T]) -> T:
+        """Act on every rank, and return what came of it here; where one fails, all do.
+
+        Raises:
+            OtherRankError: a rank before this one raises, and says why for all; or another one, and this one does not.
         """
         result, failure = None, None
-        if self.is_first:
-            try:
-                result = act()
-            except BaseException as error:
-                failure = error
-        failed = self.sum(torch.tensor(int(failure is not None)))
-        if failure is not None:
+        try:
+            result = act()
+        except BaseException as error:
+            failure = error
+        speaker = self.size - int(self.max(torch.tensor(0 if failure is None else self.size - self.rank)))
+        if failure is not None and speaker == self.rank:
             raise failure
-        if failed:
-            raise FirstRankError
-        return result
+        if speaker < self.size:
+            raise OtherRankError
+        return cast(T, result)
 
     def micro_batches(self, batch: Sequence[T], size: int | None) -> list[Sequence[T]]:
         """This rank's share of the batch of a step, in parts that go through the model one after the other.
@@ -106,6 +113,27 @@ class Ranks:
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
+class Launch(NamedTuple):
+    """What torchrun tells a process that it starts, by the environment.
+
+    Attributes:
+        rank: number of the process among all.
+        local_rank: its number among those on this machine.
+        size: how many there are.
+    """
+
+    rank: int
+    local_rank: int
+    size: int
+
+
+def launched() -> Launch | None:
+    """How torchrun started this process; None where it did not."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return None
+    return Launch(*(int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
+
+
 def choose_device(name: str) -> torch.device:
     """The device that `device` of the configuration names."""
     if name == "cuda" and not torch.cuda.is_available():
@@ -121,11 +149,11 @@ def join_ranks(config: Config) -> Iterator[Ranks]:
         UserError: there are more processes on this machine than devices.
     """
     device = choose_device(config.device)
-    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    if not launched and config.training.strategy != "fsdp":
+    launch = launched()
+    if launch is None and config.training.strategy != "fsdp":
         yield Ranks(0, 1, device)
         return
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank = launch.local_rank if launch else 0
     if device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise UserError(
@@ -135,7 +163,7 @@ def join_ranks(config: Config) -> Iterator[Ranks]:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    where: dict[str, Any] = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    where: dict[str, Any] = {} if launch else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(backend, timeout=TIMEOUT, **where)
     try:
         ranks = Ranks(dist.get_rank(), dist.get_world_size(), device)

@@ -10,8 +10,8 @@ class UserError(Exception):
     """Something the user can put right; the message says what and how."""
 
 
-class FirstRankError(Exception):
-    """The first rank failed and says why; this one has nothing to add."""
+class OtherRankError(Exception):
+    """Another rank failed and says why; this one has nothing to add."""
 
 
 def require(module: str, what: str, install: str) -> Any:

@@ -17,7 +17,7 @@ from rich.table import Table
 from lambda_return_ext.critic import checkpoint
 from lambda_return_ext.critic.config import Config
 from lambda_return_ext.critic.distributed import Ranks
-from lambda_return_ext.critic.trackers import open_trackers
+from lambda_return_ext.critic.trackers import Trackers
 
 SECONDS_BETWEEN_LINES = 10.0
 LINE_WIDTH = 120
@@ -73,14 +73,15 @@ class MetricLog:
     Args:
         config: the run.
         step: the last step that counts; what a killed run logged after its checkpoint is removed.
+        say: shows a line.
     """
 
-    def __init__(self, config: Config, step: int):
+    def __init__(self, config: Config, step: int, say: Callable[[str], None]):
         run_dir = Path(config.run_dir)
         path = run_dir / checkpoint.METRICS
         kept = [json.dumps(record) + "\n" for record in read_metrics(run_dir) if record["step"] <= step]
         checkpoint.write_text(path, "".join(kept))
-        self._trackers = open_trackers(config, step)
+        self._trackers = Trackers(config, step, say)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -88,16 +89,14 @@ class MetricLog:
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
         numbers = {name: value for name, value in metrics.items() if not isinstance(value, list)}
-        for tracker in self._trackers:
-            tracker.write(step, numbers)
+        self._trackers.write(step, numbers)
 
     def __enter__(self) -> MetricLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         self._file.close()
-        for tracker in self._trackers:
-            tracker.close(failed=kind is not None)
+        self._trackers.close(failed=kind is not None)
 
 
 class NoLog:
@@ -113,9 +112,9 @@ class NoLog:
         pass
 
 
-def open_log(config: Config, step: int, ranks: Ranks) -> MetricLog | NoLog:
+def open_log(config: Config, step: int, ranks: Ranks, display: Display) -> MetricLog | NoLog:
     """The log of a run, which the first rank writes."""
-    return MetricLog(config, step) if ranks.is_first else NoLog()
+    return ranks.on_first(lambda: MetricLog(config, step, display.line)) or NoLog()
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -134,14 +134,51 @@ def check_trackers(config: Config) -> None:
             _package(name)
 
 
-def open_trackers(config: Config, step: int) -> list[Tracker]:
-    """Start what the configuration asks for.
+class Trackers:
+    """What the configuration asks for, started. A service that fails later on is left, said to be, and ends no run.
 
     Args:
         config: the run.
         step: the last step that counts; 0 starts a new run.
+        say: shows a line.
+
+    Raises:
+        UserError: a service could not be started.
     """
-    return [TRACKERS[name](config, step) for name in config.tracking.trackers]
+
+    def __init__(self, config: Config, step: int, say: Callable[[str], None]):
+        self._say = say
+        self._open: dict[str, Tracker] = {}
+        for name in config.tracking.trackers:
+            try:
+                self._open[name] = TRACKERS[name](config, step)
+            except Exception as error:
+                if not _is_of_a_service(name, error):
+                    raise
+                raise UserError(f"tracking.trackers: {name} could not start its run: {error}") from error
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log the metrics of one step."""
+        self._each(lambda tracker: tracker.write(step, metrics), f"from step {step} on")
+
+    def close(self, failed: bool) -> None:
+        """End the run."""
+        self._each(lambda tracker: tracker.close(failed), "at the end of the run")
+
+    def _each(self, act: Callable[[Tracker], None], when: str) -> None:
+        for name, tracker in list(self._open.items()):
+            try:
+                act(tracker)
+            except Exception as error:
+                if not _is_of_a_service(name, error):
+                    raise
+                del self._open[name]
+                self._say(f"{name} is left alone {when}, {checkpoint.METRICS} has everything: {error}")
+
+
+def _is_of_a_service(tracker: str, error: Exception) -> bool:
+    """Whether an error is that of a service, which may be out of reach, and not of the run folder, which must not."""
+    return tracker != "tensorboard" and not (isinstance(error, OSError) and error.errno in checkpoint.WRITE_ERRORS)
 
 
 def _package(name: str) -> Any:

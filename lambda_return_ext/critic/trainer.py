@@ -55,16 +55,16 @@ def train_rank(config: Config, ranks: Ranks, resume: bool, overwrite: bool) -> d
     """What each rank does: its share of every batch, and the same steps as all others."""
     run_dir, display, training = Path(config.run_dir), Display(quiet=not ranks.is_first), config.training
     ranks.on_first(lambda: checkpoint.check_run_dir(config, resume, overwrite))
-    check_trackers(config)
-    task = prepare(config, ranks)
-    ranks.on_first(lambda: checkpoint.open_run_dir(config, task.summary(), overwrite))
+    ranks.on_first(lambda: check_trackers(config))
+    task = ranks.together(lambda: prepare(config, ranks))
     model, data = task.model, task.data
+    module = parallelize(model, ranks, training)
+    if config.data.packing and not config.model.cache_features:
+        ranks.together(lambda: check_packing(model))
+    ranks.on_first(lambda: checkpoint.open_run_dir(config, task.summary(), overwrite))
     print_data(display, task.summary())
     collate = build_collator(task, data.train + data.validation, display)
 
-    module = parallelize(model, ranks, training)
-    if config.data.packing and not config.model.cache_features:
-        check_packing(model)
     optimizer = torch.optim.AdamW(parameter_groups(model, training, config.model.lora))
     lr_factor, lam = lr_schedule(training, task.steps), lam_schedule(training.value_loss, task.steps)
     progress: dict[str, Any] = {"step": 0, "best": [-1.0, 0.0], "seconds": 0.0, "skipped": 0, "stale": 0, "peak": -1.0}
@@ -86,7 +86,7 @@ def train_rank(config: Config, ranks: Ranks, resume: bool, overwrite: bool) -> d
 
     with (
         checkpoint.explain_failed_writes(run_dir),
-        open_log(config, progress["step"], ranks) as log,
+        open_log(config, progress["step"], ranks, display) as log,
         display.phase("training", "steps", task.steps, done=progress["step"]) as advance,
         StopRequest() as stop,
     ):
@@ -167,7 +167,8 @@ def train_rank(config: Config, ranks: Ranks, resume: bool, overwrite: bool) -> d
                 save()
         if ranks.max(torch.tensor(stop.received)):
             raise Interrupted(stop.received or signal.SIGTERM, progress["step"])
-    return ranks.on_first(lambda: report(task, progress, display))
+    with checkpoint.explain_failed_writes(run_dir):
+        return ranks.on_first(lambda: report(task, progress, display))
 
 
 def training_batch(

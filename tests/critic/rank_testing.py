@@ -1,6 +1,6 @@
 """One step on every layout of ranks and micro-batches; started by torchrun from test_distributed.py.
 
-Usage: rank_testing.py CONFIG OUTPUT
+Usage: rank_testing.py CONFIG RECURRENT_BACKBONE OUTPUT
 """
 
 import itertools
@@ -9,11 +9,14 @@ import sys
 import warnings
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 
 from lambda_return_ext.critic.config import load_config
 from lambda_return_ext.critic.distributed import gradients_wait, join_ranks, parallelize, whole
+from lambda_return_ext.critic.errors import OtherRankError, UserError
 from lambda_return_ext.critic.interrupt import StopRequest
+from lambda_return_ext.critic.model import check_packing
 from lambda_return_ext.critic.report import Display
 from lambda_return_ext.critic.task import build_collator, prepare
 from lambda_return_ext.critic.trainer import build_forward_loss, measure, tally, training_batch
@@ -77,9 +80,49 @@ def run(config_file, ranks):
     return results, measured
 
 
-def main(config_file, output):
+def fail_together(ranks, failing):
+    """What each rank makes of an act at which some fail."""
+
+    def act():
+        if ranks.rank in failing:
+            raise UserError(f"rank {ranks.rank} fails")
+        return f"rank {ranks.rank} did it"
+
+    try:
+        said = ranks.together(act)
+    except (UserError, OtherRankError) as error:
+        said = repr(error)
+    return said_by_all(ranks, said)
+
+
+def refuse_packing(config_file, backbone, strategy, ranks):
+    """What the probe says of a backbone on each rank."""
+    task = prepare(
+        load_config(config_file, [*WHOLE, f"training.strategy={strategy}", f"model.backbone={backbone}"]), ranks
+    )
+    parallelize(task.model, ranks, task.config.training)
+    try:
+        said = check_packing(task.model)
+    except UserError as error:
+        said = str(error)
+    return said_by_all(ranks, said)
+
+
+def said_by_all(ranks, said):
+    everything = [None] * ranks.size
+    dist.all_gather_object(everything, said)
+    return everything
+
+
+def main(config_file, recurrent_backbone, output):
     with join_ranks(load_config(config_file, [*WHOLE, "training.strategy=fsdp"])) as ranks:
         results, measured = run(config_file, ranks)
+        measured["together"] = [fail_together(ranks, failing) for failing in ((), (0,), (1,), (0, 1))]
+        own = load_config(config_file).model.backbone
+        measured["packing"] = {
+            strategy: [refuse_packing(config_file, backbone, strategy, ranks) for backbone in (own, recurrent_backbone)]
+            for strategy in STRATEGIES
+        }
         if ranks.is_first:
             save_file(results, output)
             with open(f"{output}.json", "w", encoding="utf-8") as file:

@@ -13,8 +13,17 @@ import pytest
 import rank_testing
 import torch
 import yaml
-from conftest import assert_alike, make_records, records_of, steps_of, tiny_config, without_timing
+from conftest import (
+    assert_alike,
+    make_records,
+    records_of,
+    save_backbone,
+    steps_of,
+    tiny_config,
+    without_timing,
+)
 from safetensors.torch import load_file
+from test_backbones import make_backbone
 
 from lambda_return_ext.critic import checkpoint, trainer
 from lambda_return_ext.critic.distributed import Ranks
@@ -58,7 +67,16 @@ def test_the_ranks_share_a_batch_in_equally_many_parts(size, micro_batch_size, p
 
 
 @pytest.fixture(scope="module")
-def one_step(tmp_path_factory, tiny_backbone):
+def recurrent_backbone(tmp_path_factory):
+    """A backbone that does not keep packed sequences apart."""
+    folder = save_backbone(tmp_path_factory.mktemp("recurrent"))  # for its tokenizer
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    make_backbone("Qwen3Next", **sizes).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_step(tmp_path_factory, tiny_backbone, recurrent_backbone):
     """The loss and gradients of the same batches in one process, and in two."""
     folder = tmp_path_factory.mktemp("one_step")
     data = folder / "pairs.jsonl"
@@ -70,7 +88,9 @@ def one_step(tmp_path_factory, tiny_backbone):
     results = []
     for ranks in (1, 2):
         output = folder / f"{ranks}.safetensors"
-        code, said = finish(torchrun(rank_testing.__file__, str(config), str(output), ranks=ranks))
+        code, said = finish(
+            torchrun(rank_testing.__file__, str(config), str(recurrent_backbone), str(output), ranks=ranks)
+        )
         assert code == 0, said
         measured = json.loads(Path(f"{output}.json").read_text(encoding="utf-8"))
         results.append((load_file(output), measured))
@@ -124,6 +144,24 @@ def test_validation_counts_every_pair_once_on_any_number_of_ranks(one_step):
         assert together["fsdp"][name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
 
 
+@pytest.mark.slow
+def test_all_ranks_find_a_backbone_fit_for_packing_or_all_refuse_it(one_step):
+    for ranks, (_, found) in enumerate(one_step, 1):
+        for strategy in rank_testing.STRATEGIES:
+            fit, unfit = found["packing"][strategy]
+            assert fit == [None] * ranks
+            assert len(unfit) == ranks
+            assert all("data.packing must be false for this backbone" in said for said in unfit)
+
+
+@pytest.mark.slow
+def test_where_one_rank_fails_all_do_and_the_first_of_them_says_why(one_step):
+    failures = ["UserError('rank 0 fails')", "OtherRankError()"], ["OtherRankError()", "UserError('rank 1 fails')"]
+    (_, alone), (_, together) = one_step
+    assert alone["together"] == [["rank 0 did it"], *([failures[0][0]], ["rank 0 did it"], [failures[0][0]])]
+    assert together["together"] == [["rank 0 did it", "rank 1 did it"], failures[0], failures[1], failures[0]]
+
+
 # ---- whole runs --------------------------------------------------------------------------------------------------
 
 
@@ -137,6 +175,43 @@ def test_two_ranks_train_like_one_and_share_the_features(train, run_dir, config_
     assert said.count("run folder:") == 1  # the first rank alone talks
     assert_alike(run_dir, Path(f"{run_dir}-two"))
     assert records_of(run_dir)[0]["train/loss"] != 0
+
+
+@pytest.mark.slow
+def test_sharded_ranks_train_on_packed_batches_or_all_refuse_to(train, run_dir, config_file, recurrent_backbone):
+    packed = [*WHOLE, "data.packing=true", "training.max_steps=5"]
+    command = ["-m", "lambda_return_ext.critic.cli", "train", "--config", str(config_file), *packed]
+    command += ["training.strategy=fsdp", f"run_dir={run_dir}-two"]
+    code, said = finish(torchrun(*command, f"model.backbone={recurrent_backbone}"))
+    assert code != 0
+    assert said.count("lambda-critic: error: data.packing must be false for this backbone") == 1
+    assert f'File "{trainer.__file__}"' not in said  # no traceback on either
+    assert not Path(f"{run_dir}-two").exists()
+    code, said = finish(torchrun(*command))
+    assert code == 0, said
+    assert train(*packed) == 0
+    assert_alike(run_dir, Path(f"{run_dir}-two"))
+
+
+@pytest.mark.slow
+def test_a_dry_run_under_torchrun_is_said_once_and_counts_its_ranks(config_file, run_dir):
+    command = ["-m", "lambda_return_ext.critic.cli", "train", "--config", str(config_file), "--dry-run"]
+    code, said = finish(torchrun(*command))
+    assert code == 0, said
+    assert said.count("device memory of each of 2 ranks") == 1
+    assert said.count("run_dir: ") == 1
+    code, said = finish(torchrun(*command, "model.backbone=missing"))
+    assert code != 0
+    assert said.count("lambda-critic: error: model.backbone must be a folder") == 1
+    assert not run_dir.exists()
+
+
+@pytest.mark.slow
+def test_a_configuration_that_no_rank_can_read_is_said_once(config_file):
+    command = ["-m", "lambda_return_ext.critic.cli", "train", "--config", str(config_file), "training.epoch=1"]
+    code, said = finish(torchrun(*command))
+    assert code != 0
+    assert said.count("lambda-critic: error: unknown config key 'training.epoch'") == 1
 
 
 @pytest.mark.slow

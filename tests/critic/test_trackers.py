@@ -41,6 +41,15 @@ def services(monkeypatch):
     return calls
 
 
+def raise_error(error):
+    """A function that fails, whatever it is called with."""
+
+    def fail(*arguments, **keywords):
+        raise error
+
+    return fail
+
+
 ALL = "tracking.trackers=[wandb,mlflow,trackio]"
 
 
@@ -91,6 +100,27 @@ def test_a_failed_run_is_ended_as_failed_and_a_resumed_one_goes_on_under_its_id(
     assert train(ALL, "--overwrite") == 0
     by_name = {call: (arguments, keywords) for call, arguments, keywords in services}
     assert by_name["wandb.init"][1]["id"] is by_name["mlflow.start_run"][1]["run_id"] is None
+
+
+def test_a_service_that_cannot_start_is_one_sentence_and_nothing_was_trained(train, services, monkeypatch, capsys):
+    monkeypatch.setattr(sys.modules["wandb"], "init", raise_error(RuntimeError("No API key configured.")))
+    assert train(ALL) == 2
+    error = capsys.readouterr().err
+    assert error == "lambda-critic: error: tracking.trackers: wandb could not start its run: No API key configured.\n"
+
+
+def test_a_service_that_fails_later_is_left_alone_and_the_run_goes_on(train, services, monkeypatch, tmp_path, capsys):
+    for name in ("log_metrics", "end_run"):
+        monkeypatch.setattr(sys.modules["mlflow"], name, raise_error(ConnectionError("server gone")))
+    monkeypatch.setattr(sys.modules["trackio"], "finish", raise_error(RuntimeError("no space there")))
+    assert train(ALL) == 0
+    out = capsys.readouterr().out
+    assert out.count("mlflow is left alone from step 1 on, metrics.jsonl has everything: server gone") == 1
+    assert out.count("trackio is left alone at the end of the run, metrics.jsonl has everything: no space there") == 1
+    assert out.count("left alone") == 2
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for name in ("wandb.log", "trackio.log"):
+        assert len([call for call, *_ in services if call == name]) == len(records)
 
 
 @pytest.mark.parametrize(

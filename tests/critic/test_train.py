@@ -249,6 +249,19 @@ def test_a_bad_line_ends_with_2_before_anything_is_written(train, tmp_path, writ
     assert not (tmp_path / "run").exists()
 
 
+def test_overrides_may_stand_before_and_behind_flags(train, run_dir, capsys):
+    assert train("training.max_steps=4", "--resume", "seed=3") == 0
+    saved = load_config(run_dir / "config.yaml")
+    assert (saved.training.max_steps, saved.seed) == (4, 3)
+    for wrong in ("--resumed", "-x"):
+        with pytest.raises(SystemExit, match="2"):
+            train("seed=3", wrong, "seed=4")
+        assert f"unrecognized arguments: {wrong}" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["evaluate", str(run_dir), "seed=4"])
+    assert "unrecognized arguments: seed=4" in capsys.readouterr().err
+
+
 def test_a_run_is_never_overwritten_unasked(train, run_dir, capsys):
     assert train("training.max_steps=4") == 0
     (run_dir / "notes.txt").write_text("mine", encoding="utf-8")
