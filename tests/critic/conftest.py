@@ -2,6 +2,7 @@
 
 import json
 import random
+import resource
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,18 @@ def train(config_file):
 @pytest.fixture
 def run_dir(tmp_path):
     return tmp_path / "run"
+
+
+@pytest.fixture
+def file_size_limit():
+    """Make the system refuse to write beyond a size, as a full disk would; undone at the end or by None."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits if size is None else (size, limits[1]))
+
+    yield limit
+    limit(None)
 
 
 def records_of(run_dir):

@@ -505,6 +505,15 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
     assert output.read_text() == "before"
 
 
+def test_a_full_disk_is_one_sentence(monkeypatch, tmp_path, file_size_limit):
+    install_data(monkeypatch, tmp_path, [row()])
+    output = tmp_path / "out" / "pairs.jsonl"
+    file_size_limit(1000)  # less than the pairs, more than what is printed before
+    with pytest.raises(UserError, match=r"--output must be a file that can be written, got .*File too large"):
+        codeio.run(parse("--output", output))
+    assert not [*output.parent.iterdir()]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

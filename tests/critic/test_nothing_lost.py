@@ -1,9 +1,9 @@
 """Kills, signals, full disks and infinite losses: what a run keeps, and that it goes on as if nothing had happened."""
 
+import ctypes
 import json
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -162,18 +162,6 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     assert content(tmp_path) == {path: b"old"}
 
 
-@pytest.fixture
-def file_size_limit():
-    """Make the system refuse to write beyond a size, as a full disk would; undone at the end or by None."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def limit(size):
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits if size is None else (size, limits[1]))
-
-    yield limit
-    limit(None)
-
-
 @pytest.mark.parametrize("room", [50_000, 2_500], ids=["for the logs but no checkpoint", "not even for the logs"])
 def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_is_intact(
     train, run_dir, at_step, file_size_limit, monkeypatch, capsys, room
@@ -198,6 +186,74 @@ def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_is_intact(
     assert train(*settings, "--resume") == 0
     assert "resumed after step 5" in capsys.readouterr().out
     assert without_timing(run_dir) == without_timing(Path(f"{run_dir}-whole"))
+
+
+def test_a_disk_that_is_full_at_the_end_costs_the_report_alone(train, run_dir, file_size_limit, monkeypatch, capsys):
+    real = trainer.finish
+
+    def fill_disk(*arguments):
+        results = real(*arguments)
+        file_size_limit(500)
+        return results
+
+    monkeypatch.setattr(trainer, "finish", fill_disk)
+    assert train() == 2
+    file_size_limit(None)
+    error = capsys.readouterr().err
+    assert f"run_dir = {run_dir} must be writable and have room, got: " in error
+    assert f"{run_dir / 'checkpoints/step-00000018.safetensors'} is intact" in error
+    assert error.count("\n") == 1
+    assert not (run_dir / "results.json").exists()
+    monkeypatch.undo()
+    assert train("--resume") == 0
+    assert (run_dir / "results.json").exists()
+
+
+@pytest.fixture
+def like_any_user():
+    """Without the privilege, where this process has it, of writing into folders that are read-only."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this thread
+    before, fewer = (ctypes.c_uint32 * 6)(), (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; twice
+    assert libc.capget(header, before) == libc.capget(header, fewer) == 0
+    fewer[0] &= ~0b110  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH, of the effective ones alone
+    assert libc.capset(header, fewer) == 0
+    yield
+    assert libc.capset(header, before) == 0
+
+
+def test_a_folder_that_becomes_read_only_is_one_sentence_and_the_last_checkpoint_is_intact(
+    train, run_dir, at_step, like_any_user, monkeypatch, capsys
+):
+    assert train(f"run_dir={run_dir}-whole") == 0
+    checkpoints = run_dir / "checkpoints"
+
+    def close_folder(loss):
+        checkpoints.chmod(0o555)
+        return loss
+
+    at_step(6, close_folder)
+    assert train() == 2
+    checkpoints.chmod(0o755)
+    monkeypatch.undo()
+    error = capsys.readouterr().err
+    kept = checkpoints / "step-00000005.safetensors"
+    assert f"run_dir = {run_dir} must be writable and have room, got: " in error
+    assert "ermission denied" in error
+    assert f"; {kept} is intact, and --resume goes on from it" in error
+    assert error.count("\n") == 1
+    assert [*checkpoints.iterdir()] == [kept]
+    assert train("--resume") == 0
+    assert without_timing(run_dir) == without_timing(Path(f"{run_dir}-whole"))
+
+
+def test_a_read_only_folder_gets_no_run(train, tmp_path, like_any_user, capsys):
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    closed.chmod(0o555)
+    assert train(f"run_dir={closed}/run") == 2
+    assert f"run_dir = {closed}/run must be writable: [Errno 13] Permission denied" in capsys.readouterr().err
+    assert not [*closed.iterdir()]
 
 
 def test_a_run_folder_that_cannot_be_made(train, tmp_path, capsys):

@@ -67,7 +67,10 @@ def run(args: argparse.Namespace) -> int:
         records, counts = build_pairs(read_rows(path), options, judges, workers, on_progress)
     if not records:
         raise UserError(f"no pairs came of these arguments: {dict(counts.dropped)}")
-    write_jsonl(records, args.output)
+    try:
+        write_jsonl(records, args.output)
+    except OSError as error:
+        raise UserError(f"--output must be a file that can be written, got {str(args.output)!r}: {error}") from error
     print(_summary(counts, time.monotonic() - start))
     print(f"wrote {args.output}")
     return 0
