@@ -257,6 +257,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         if "=" not in override:
             raise UserError(f"an override must look like key=value, got {override!r}")
+        try:
+            OmegaConf.from_dotlist([override])
+        except yaml.YAMLError as error:
+            raise UserError(f"the value of an override must be valid YAML, got {override!r}") from error
     try:
         loaded = OmegaConf.load(path)
         if not isinstance(loaded, DictConfig):
@@ -283,6 +287,8 @@ def _explain(fault: Any) -> str:
     if fault["type"] == "value_error":
         return str(fault["ctx"]["error"])
     wanted = fault["msg"].replace("Input should be", "must be")
+    if fault["type"] == "model_type":
+        wanted = "must be a section with keys of its own"
     return f"{key or 'the config'} {wanted}, got {fault['input']!r}"
 
 

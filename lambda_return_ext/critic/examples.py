@@ -261,6 +261,11 @@ class Renderer:
     def _chat(self, example: Example, messages: list[Message], prompt_messages: int) -> list[Piece]:
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         template = self.template or self.tokenizer.chat_template
+        if template is None:
+            raise UserError(
+                f"data.chat_template must be a Jinja file for rows of messages, as {example.where} is one: the "
+                "tokenizer of this backbone has no template of its own"
+            )
         if isinstance(template, str) and re.search(r"\{%-?\s*generation", template):
             before = sum(i < prompt_messages for i in answers)
             return self._marked_by_the_template(example, messages, before)

@@ -24,6 +24,9 @@ from lambda_return_ext.critic.report import Display
 from lambda_return_ext.critic.sources import EXTRA, Source
 
 ROWS_AT_ONCE = 64
+# A Parquet file ends in a description of all its row groups, which a writer keeps in memory until then: two kilobytes
+# each. With groups of this size that is a ten-thousandth of the file.
+ROW_GROUP_BYTES = 1 << 24
 Record = dict[str, Any]
 Write = Callable[[list[Record]], Any]
 
@@ -51,7 +54,8 @@ def score_file(
 ) -> None:
     """Score every answer of a file with the best checkpoint of a run.
 
-    Rows are read, scored and written a few at a time, so that memory does not grow with the file.
+    Rows are read and scored a few at a time and written in groups of some megabytes, so that memory does not grow with
+    the file.
 
     Args:
         run: folder of the run.
@@ -69,7 +73,7 @@ def score_file(
     if Path(output).exists() and not overwrite:
         raise UserError(f"--output must not exist yet, got {output!r}: give --overwrite to replace it")
     writer_of = _writer_of(Path(output))
-    source, display = Source(data, subset, split), Display()
+    source, display = Source(data, subset, split, "FILE"), Display()
     critic = load_critic(run)
     settings = critic.config.data
     renderer = Renderer(critic.tokenizer, read_chat_template(settings.chat_template))
@@ -198,8 +202,22 @@ def _write_parquet(output: Path) -> Iterator[Write]:
             **dict.fromkeys(("values", "targets", "advantages", "td_errors"), numbers),
         }
     )
+    waiting: list[Any] = []
+
     with _whole(output) as temporary, pyarrow.parquet.ParquetWriter(temporary, schema) as file:
-        yield lambda records: file.write_table(pyarrow.Table.from_pylist(records, schema)) if records else None
+
+        def write_group() -> None:
+            file.write_table(pyarrow.concat_tables(waiting))
+            waiting.clear()
+
+        def write(records: list[Record]) -> None:
+            waiting.append(pyarrow.Table.from_pylist(records, schema))
+            if sum(table.nbytes for table in waiting) >= ROW_GROUP_BYTES:
+                write_group()
+
+        yield write
+        if waiting:
+            write_group()
 
 
 @contextmanager

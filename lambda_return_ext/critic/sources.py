@@ -34,12 +34,13 @@ class Source:
         path: a JSONL, JSON, Parquet or CSV file, a folder that `datasets` can load, or `owner/name` on the hub.
         subset: the configuration of a dataset that has several.
         split: the split of a dataset that has several.
+        name: what the user calls the path.
 
     Raises:
         UserError: there is no such thing, or none that can be read.
     """
 
-    def __init__(self, path: str | Path, subset: str | None = None, split: str = "train"):
+    def __init__(self, path: str | Path, subset: str | None = None, split: str = "train", name: str = "data.path"):
         self.path = str(path)
         self._file: Path | None = None
         self._dataset: Any = None
@@ -51,7 +52,7 @@ class Source:
             kind = self._file.suffix.lower()
             if kind not in FORMATS:
                 raise UserError(
-                    f"data.path must be a file that ends in {', '.join(FORMATS)}, a folder that `datasets` can load, "
+                    f"{name} must be a file that ends in {', '.join(FORMATS)}, a folder that `datasets` can load, "
                     f"or owner/name on the hub, got {self.path!r}"
                 )
             self._kind = kind.removeprefix(".")
@@ -59,9 +60,13 @@ class Source:
                 self._file.open("rb").close()
             except OSError as error:
                 raise UserError(
-                    f"data.path must be a readable {self._kind.upper()} file, got {self.path!r}: {error.strerror}; "
-                    "`lambda-critic make-data codeio` writes the demo's"
+                    f"{name} must be a readable {self._kind.upper()} file, got {self.path!r}: {error.strerror}"
+                    f"{self._hint()}"
                 ) from error
+
+    def _hint(self) -> str:
+        demo = "data/codeio.jsonl"
+        return f"; `lambda-critic make-data codeio` writes {demo}" if self.path.endswith(demo) else ""
 
     def _names_a_hub_dataset(self) -> bool:
         return Path(self.path).suffix.lower() not in FORMATS and HUB_NAME.fullmatch(self.path) is not None

@@ -114,7 +114,35 @@ def test_rows_are_read_scored_and_written_a_few_at_a_time(run, write_pairs, tmp_
     monkeypatch.setattr(scoring, "score", spy_score)
     score_file(run, str(write_pairs(make_records(problems=5, pairs=2), "rows.jsonl")), str(tmp_path / "scores.parquet"))
     assert ahead == [(4, 8), (8, 8), (10, 4)]
-    assert pyarrow.parquet.ParquetFile(tmp_path / "scores.parquet").num_row_groups == 3
+
+
+def test_a_parquet_file_is_written_in_large_groups_with_few_rows_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(scoring, "ROW_GROUP_BYTES", 1 << 20)
+    numbers = [0.5] * 100
+    columns = dict.fromkeys(("values", "targets", "advantages", "td_errors"), numbers)
+    columns |= {"problem_id": "p", "answer": "chosen", "reward": 1.0, "prompt_tokens": 3}
+    columns |= {"token_ids": [*range(100)], "mask": [True] * 100}
+    before, held = pyarrow.total_allocated_bytes(), []
+    with scoring._write_parquet(tmp_path / "scores.parquet") as write:
+        for start in range(0, 6400, 64):
+            write([{"row": row, **columns} for row in range(start, start + 64)])
+            held.append(pyarrow.total_allocated_bytes() - before)
+        write([])
+    assert max(held) < 4 << 20
+    assert max(held[50:]) < 1.1 * max(held[:50])
+    with pyarrow.parquet.ParquetFile(tmp_path / "scores.parquet") as file:
+        table = file.read()
+        # The size of the last group is what is left; of the others, at most 64 rows more than it must be.
+        sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+    assert table["row"].to_pylist() == [*range(6400)]
+    assert len(sizes) == -(-table.nbytes // (sizes[0] * table.nbytes // 6400))
+    assert all((1 << 20) <= size * table.nbytes / 6400 < (1 << 20) + 70 * 2100 for size in sizes[:-1])
+
+
+def test_nothing_that_fits_makes_a_file_without_rows(run, write_pairs, tmp_path):
+    row = {"prompt": "w1", "completion": "w2 " * 70, "label": True}
+    score_file(run, str(write_pairs([row], "rows.jsonl")), str(tmp_path / "scores.parquet"))
+    assert records_of(tmp_path / "scores.parquet") == []
 
 
 def test_what_score_refuses_leaves_nothing_behind(run, write_pairs, tmp_path, capsys):
@@ -124,7 +152,7 @@ def test_what_score_refuses_leaves_nothing_behind(run, write_pairs, tmp_path, ca
     for arguments, message in (
         ([good, "--run", run, "--output", "scores.txt"], "--output must end in .jsonl or .parquet, got 'scores.txt'"),
         ([good, "--run", str(tmp_path / "no"), "--output", str(output)], "RUN must be the folder of a run"),
-        (["none.jsonl", "--run", run, "--output", str(output)], "must be a readable JSONL file, got 'none.jsonl'"),
+        (["none.jsonl", "--run", run, "--output", str(output)], "FILE must be a readable JSONL file, got 'none.jsonl'"),
         ([bad, "--run", run, "--output", str(output)], "bad.jsonl:10: a row must have the keys"),
         ([good, "--run", run, "--output", str(tmp_path / "no" / "scores.jsonl")], "must be a file that can be written"),
         ([good, "--run", run, "--output", good, "--overwrite"], "--output must be another file than the data"),
