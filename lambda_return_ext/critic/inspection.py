@@ -20,7 +20,7 @@ from lambda_return_ext.critic.report import Display
 from lambda_return_ext.critic.task import Task, build_collator, load_run
 
 LARGEST_DROPS = 3
-GAMMA, LAMBDA = "\N{GREEK SMALL LETTER GAMMA}", "\N{GREEK SMALL LETTER LAMDA}"
+GAMMA, LAMBDA, MINUS = "\N{GREEK SMALL LETTER GAMMA}", "\N{GREEK SMALL LETTER LAMDA}", "\N{MINUS SIGN}"
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -44,7 +44,7 @@ def inspect_run(run: str, pairs: int, output: str | None = None) -> Path:
     shown.sort(key=lambda item: item[1])
     facts = [
         ("pairwise accuracy, validation", f"{state['metrics']['validation/pairwise_accuracy']:.3f}"),
-        ("mean margin, validation", f"{state['metrics']['validation/margin']:+.2g}"),
+        ("mean margin, validation", f"{state['metrics']['validation/margin']:+.2g}".replace("-", MINUS)),
         ("validation pairs", f"{len(shown):,}"),
     ]
     if len(shown) > pairs:

@@ -203,6 +203,18 @@ def test_sorting_and_filtering(page):
         assert shown(page) == expected, order
     choose(page, "show", "misranked")
     assert shown(page) == ["misranked"]
+    assert page("return document.getElementById('none').hidden")
+
+
+def test_a_page_without_misranked_pairs_says_so(page, browser, tmp_path):
+    (tmp_path / "good.html").write_text(render_page({**PAGE, "pairs": PAGE["pairs"][2:]}), encoding="utf-8")
+    browser.get((tmp_path / "good.html").as_uri())
+    choose(page, "show", "misranked")
+    assert shown(page) == []
+    assert page("return document.getElementById('none').innerText") == "No pair of this page is misranked."
+    choose(page, "show", "all")
+    assert shown(page) == ["best"]
+    assert page("return document.getElementById('none').hidden")
 
 
 def test_hovering_shows_the_numbers_of_a_token(page, browser):
