@@ -78,7 +78,7 @@ struct NoSink {
     run(*this);
   }
   template <bool kAll, class V, class Mask>
-  LAMBDA_RETURN_INLINE void tile(const V (&)[4], const Mask (&)[4], const V (&)[4]) const {}
+  LAMBDA_RETURN_INLINE void tile(const uint8_t*, const V (&)[4], const Mask (&)[4], const V (&)[4]) const {}
   LAMBDA_RETURN_INLINE void skip() const {}
 };
 
@@ -97,7 +97,7 @@ struct CarrySink {
     out.edge(t, count, [&](const auto& edge_out) LAMBDA_RETURN_INLINE_LAMBDA { run(CarrySink{edge_out, weight}); });
   }
   template <bool kAll>
-  LAMBDA_RETURN_INLINE void tile(const V (&)[4], const Mask (&valid)[4], const V (&before)[4]) const {
+  LAMBDA_RETURN_INLINE void tile(const uint8_t*, const V (&)[4], const Mask (&valid)[4], const V (&before)[4]) const {
     V x[4];
     for (int i = 0; i < 4; ++i) {
       x[i] = before[i];
@@ -126,20 +126,19 @@ struct Attention {
     }
   }
 
-  // Calls body(all, counts): whether all tokens are valid in both masks, and which are.
+  // Calls body(all, num_tokens, counts): whether all tokens are valid in both masks, how many are, and which.
   template <bool kAll, class Body>
-  LAMBDA_RETURN_INLINE void with_counts(const Mask (&valid)[4], const Body& body) const {
-    if constexpr (kShared) {
-      body(std::bool_constant<kAll>(), valid);
-    } else if (mask_fill<Scan::kTile>(bytes) == Fill::kAll) {
-      body(std::bool_constant<kAll>(), valid);
+  LAMBDA_RETURN_INLINE void with_counts(const uint8_t* mask, const Mask (&valid)[4], const Body& body) const {
+    using Bytes = typename Scan::Bytes;
+    const Bytes of_scan = load_vector<Bytes>(mask),
+                both = kShared ? of_scan : smaller(load_vector<Bytes>(bytes), of_scan);
+    const int64_t num_tokens = kShared && kAll ? Scan::kTile : count_valid(both);
+    if (kShared || num_tokens == (kAll ? Scan::kTile : count_valid(of_scan))) {
+      body(std::bool_constant<kAll>(), num_tokens, valid);
     } else {
       Mask counts[4];
-      Scan::load_mask(bytes, counts);
-      for (int i = 0; i < 4; ++i) {
-        if constexpr (!kAll) counts[i] = counts[i] & valid[i];
-      }
-      body(std::false_type(), counts);
+      Scan::load_mask(both, counts);
+      body(std::false_type(), num_tokens, counts);
     }
   }
 };
@@ -165,11 +164,42 @@ LAMBDA_RETURN_INLINE auto in_float64(Vector<float, 4> x) {
 }
 #endif
 
+template <class V>
+LAMBDA_RETURN_INLINE double sum_of_lanes(V x) {
+  if constexpr (sizeof(V) > 16) {
+    return sum_of_lanes(low_half(x) + high_half(x));
+  } else {
+    return x[0] + x[1];
+  }
+}
+
+// Squared errors, in the accumulation type over so few tiles that it loses next to nothing, and from there in float64.
 template <class Scan>
 struct LossSums {
-  decltype(in_float64(typename Scan::V())) squares{};
-  int64_t num_tokens = 0;                // of the tiles seen
-  typename Scan::Mask::Counter dropped;  // those of them that do not count
+  using V = typename Scan::V;
+  static constexpr int kTiles = 8;
+
+  decltype(in_float64(V())) squares{};
+  V recent[2] = {};
+  int recent_tiles = 0;
+  int64_t num_tokens = 0;
+
+  LAMBDA_RETURN_INLINE void add(const V (&errors)[4]) {
+    for (int i = 0; i < 4; ++i) {
+      recent[i % 2] = multiply_add(errors[i], errors[i], recent[i % 2]);
+    }
+    if (++recent_tiles == kTiles) flush();
+  }
+  LAMBDA_RETURN_INLINE void flush() {
+    squares += in_float64(recent[0] + recent[1]);
+    recent[0] = recent[1] = V{};
+    recent_tiles = 0;
+  }
+  LAMBDA_RETURN_INLINE void add_to(SquaredError* error) {
+    flush();
+    error->sum += sum_of_lanes(squares);
+    error->num_tokens += num_tokens;
+  }
 };
 
 template <class Scan, bool kShared>
@@ -186,21 +216,18 @@ struct LossSink {
         t, count, [&](const auto& edge_attention) LAMBDA_RETURN_INLINE_LAMBDA { run(LossSink{edge_attention, sums}); });
   }
   template <bool kAll>
-  LAMBDA_RETURN_INLINE void tile(const V (&values)[4], const Mask (&valid)[4], const V (&before)[4]) const {
-    attention.template with_counts<kAll>(valid, [&](auto all, const Mask(&counts)[4]) LAMBDA_RETURN_INLINE_LAMBDA {
-      V errors[4];
-      for (int i = 0; i < 4; ++i) {
-        errors[i] = values[i] - before[i];
-        if constexpr (!all) {
-          errors[i] = counts[i].keep(errors[i]);
-          sums.dropped.add(counts[i]);
-        }
-      }
-      const V squares = multiply_add(errors[1], errors[1], errors[0] * errors[0]) +
-                        multiply_add(errors[3], errors[3], errors[2] * errors[2]);
-      sums.num_tokens += Scan::kTile;
-      sums.squares += in_float64(squares);
-    });
+  LAMBDA_RETURN_INLINE void tile(
+      const uint8_t* mask, const V (&values)[4], const Mask (&valid)[4], const V (&before)[4]) const {
+    attention.template with_counts<kAll>(
+        mask, valid, [&](auto all, int64_t num_tokens, auto& counts) LAMBDA_RETURN_INLINE_LAMBDA {
+          V errors[4];
+          for (int i = 0; i < 4; ++i) {
+            errors[i] = values[i] - before[i];
+            if constexpr (!all) errors[i] = counts[i].keep(errors[i]);
+          }
+          sums.add(errors);
+          sums.num_tokens += num_tokens;
+        });
   }
   LAMBDA_RETURN_INLINE void skip() const {}
 };
@@ -223,15 +250,17 @@ struct LossGradientSink {
     });
   }
   template <bool kAll>
-  LAMBDA_RETURN_INLINE void tile(const V (&values)[4], const Mask (&valid)[4], const V (&before)[4]) const {
-    attention.template with_counts<kAll>(valid, [&](auto all, const Mask(&counts)[4]) LAMBDA_RETURN_INLINE_LAMBDA {
-      V x[4];
-      for (int i = 0; i < 4; ++i) {
-        x[i] = (values[i] - before[i]) * scale;
-        if constexpr (!all) x[i] = counts[i].keep(x[i]);
-      }
-      out.store_tile(x);
-    });
+  LAMBDA_RETURN_INLINE void tile(
+      const uint8_t* mask, const V (&values)[4], const Mask (&valid)[4], const V (&before)[4]) const {
+    attention.template with_counts<kAll>(
+        mask, valid, [&](auto all, int64_t num_tokens, auto& counts) LAMBDA_RETURN_INLINE_LAMBDA {
+          V x[4];
+          for (int i = 0; i < 4; ++i) {
+            x[i] = (values[i] - before[i]) * scale;
+            if constexpr (!all) x[i] = counts[i].keep(x[i]);
+          }
+          out.store_tile(x);
+        });
   }
   LAMBDA_RETURN_INLINE void skip() const { out.skip(); }
 };
@@ -251,11 +280,11 @@ LAMBDA_RETURN_INLINE void scan_tile(Scan& scan, const scalar_t* values, const ui
   Scan::load_tile(values, v);
   if (fill == Fill::kAll) {
     scan.template tile<true>(v, valid, before);
-    sink.template tile<true>(v, valid, before);
+    sink.template tile<true>(mask, v, valid, before);
   } else {
-    Scan::load_mask(mask, valid);
+    Scan::load_mask(load_vector<typename Scan::Bytes>(mask), valid);
     scan.template tile<false>(v, valid, before);
-    sink.template tile<false>(v, valid, before);
+    sink.template tile<false>(mask, v, valid, before);
   }
 }
 
@@ -336,10 +365,7 @@ AffineMap<accumulate_of<scalar_t>> lambda_value_loss_as(
     LossSums<Scan> sums;
     const auto map =
         scan_tiles<Scan>(constants, values, loss_mask, T, carry, LossSink<Scan, kShared>{{attention_mask}, sums});
-    error->num_tokens += sums.num_tokens - sums.dropped.dropped();
-    for (size_t lane = 0; lane < sizeof(sums.squares) / sizeof(double); ++lane) {
-      error->sum += sums.squares[lane];
-    }
+    sums.add_to(error);
     return map;
   });
 }
@@ -411,9 +437,7 @@ void masked_mse(const scalar_t* values, const target_t* targets, const uint8_t* 
     dropped.add(valid);
   });
   error->num_tokens += (T + W - 1) / W * W - dropped.dropped();
-  for (size_t lane = 0; lane < sizeof(squares) / sizeof(double); ++lane) {
-    error->sum += squares[lane];
-  }
+  error->sum += sum_of_lanes(squares);
 }
 
 template <class scalar_t, class target_t>

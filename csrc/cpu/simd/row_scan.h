@@ -24,6 +24,7 @@ struct RowScan {
   using V = Vector<acc_t, W>;
   using M = Vector<lane_mask_t<acc_t>, W>;
   using Mask = TokenMask<acc_t, W>;
+  using Bytes = Vector<uint8_t, kTile>;
 
   static constexpr int chunk_of(int lane) { return lane % 4 * (W / 4) + lane / 4; }
   static constexpr int lane_of(int chunk) { return chunk % (W / 4) * 4 + chunk / (W / 4); }
@@ -66,7 +67,6 @@ struct RowScan {
     V power[4];               // c^4, c^8, c^16, c^32: what a token 1, 2, 4, 8 chunks away has been weighted with
     V carry_in;               // c^(tokens of the tile that the carry passes before it reaches this lane's chunk)
     V tile;                   // c^(4 W)
-    M not_state;              // all ones but in the two lanes of state that a tile's b is added to
     LAMBDA_RETURN_INLINE explicit Constants(const ScanConstants<acc_t>& from)
         : value(broadcast<V>(kReverse ? from.value : acc_t(1))),
           no_value(M{} - (kReverse && from.value == 0 ? 1 : 0)),
@@ -74,8 +74,7 @@ struct RowScan {
           carry2(broadcast<V>(from.carry * from.carry)),
           carry3(broadcast<V>(from.carry * from.carry * from.carry)),
           carry_in(load_vector<V>(kReverse ? from.carry_in_reverse : from.carry_in_forward)),
-          tile(broadcast<V>(from.tile)),
-          not_state(~M{-1, -1}) {
+          tile(broadcast<V>(from.tile)) {
       for (int i = 0; i < 4; ++i) {
         power[i] = broadcast<V>(from.power[i]);
       }
@@ -98,14 +97,57 @@ struct RowScan {
     }
   }
 
+  // x through one token's map, and a weight times that token's: unchanged where the token is not valid.
+  template <bool kAll>
+  LAMBDA_RETURN_INLINE V step(Mask valid, V b, V x) const {
+    if constexpr (kAll) {
+      return apply(k.carry, b, x);
+#if LAMBDA_RETURN_AVX512
+    } else if constexpr (terms == Terms::kNoCarry) {
+      return valid.choose(b, x);
+    } else if constexpr (sizeof(acc_t) == 4) {
+      return (V)_mm512_mask_fmadd_ps((__m512)x, valid.valid, (__m512)k.carry, (__m512)b);
+    } else {
+      return (V)_mm512_mask_fmadd_pd((__m512d)x, valid.valid, (__m512d)k.carry, (__m512d)b);
+#else
+    } else {
+      return apply(valid.choose(k.carry, broadcast<V>(acc_t(1))), valid.keep(b), x);
+#endif
+    }
+  }
+  LAMBDA_RETURN_INLINE V weigh(Mask valid, V a) const {
+#if LAMBDA_RETURN_AVX512
+    if constexpr (sizeof(acc_t) == 4) {
+      return (V)_mm512_mask_mul_ps((__m512)a, valid.valid, (__m512)a, (__m512)k.carry);
+    } else {
+      return (V)_mm512_mask_mul_pd((__m512d)a, valid.valid, (__m512d)a, (__m512d)k.carry);
+    }
+#else
+    return a * valid.choose(k.carry, broadcast<V>(acc_t(1)));
+#endif
+  }
+
   // Which tokens are valid, from the tile's mask bytes.
-  static LAMBDA_RETURN_INLINE void load_mask(const uint8_t* bytes, Mask (&valid)[4]) {
+  static LAMBDA_RETURN_INLINE void load_mask(Bytes bytes, Mask (&valid)[4]) {
     // Four neighbouring mask bytes are one chunk, which is one 32-bit lane.
-    Vector<int32_t, W> chunks = load_vector<Vector<int32_t, W>>(bytes);
-    chunks = shuffle<ChunkIndex>(chunks, chunks);
+    const auto chunks = shuffle<ChunkIndex>((Vector<int32_t, W>)bytes, (Vector<int32_t, W>)bytes);
+#if LAMBDA_RETURN_AVX512
+    // Hidden from GCC, which would make these constants anew for every tile on the port that shuffles need.
+    static constexpr int32_t byte_of_lane[4] = {0xff, 0xff00, 0xff0000, static_cast<int32_t>(0xff000000)};
+    const int32_t* byte = byte_of_lane;
+    asm("" : "+r"(byte));
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (W == 16) {
+        valid[i] = {_mm512_test_epi32_mask((__m512i)chunks, _mm512_set1_epi32(byte[i]))};
+      } else {
+        valid[i] = {_mm256_test_epi32_mask((__m256i)chunks, _mm256_set1_epi32(byte[i]))};
+      }
+    }
+#else
     for (int i = 0; i < 4; ++i) {
       valid[i] = Mask::of(chunks, i);
     }
+#endif
   }
   struct ChunkIndex {
     static constexpr int at(int lane) { return chunk_of(lane); }
@@ -157,24 +199,21 @@ struct RowScan {
   // kAll: no token is masked, valid[] is not read.
   template <bool kAll>
   LAMBDA_RETURN_INLINE void tile(const V (&values)[4], const Mask (&valid)[4], V (&before)[4]) {
-    // The maps of the four tokens in the order of the scan.
-    V a[4], b[4];
-    for (int j = 0; j < 4; ++j) {
-      const int i = in_order(j);
-      b[j] = terms == Terms::kCarryOnly && kReverse ? V{} : k.value * values[i];
-      if constexpr (terms == Terms::kNoCarry) b[j] = drop(b[j], k.no_value);
-      a[j] = k.carry;
-      if constexpr (!kAll) {
-        b[j] = valid[i].keep(b[j]);
-        a[j] = valid[i].choose(k.carry, broadcast<V>(acc_t(1)));
-      }
+    // What each token adds; then the maps of the first one, two, three and all four tokens in the order of the scan.
+    V b[4];
+    for (int i = 0; i < 4; ++i) {
+      b[i] = terms == Terms::kCarryOnly && kReverse ? V{} : k.value * values[i];
+      if constexpr (terms == Terms::kNoCarry) b[i] = drop(b[i], k.no_value);
     }
-    // Of the first two, the first three and all four of them, in a tree: what is slow here is not the number of
-    // operations but how many wait for one another.
-    const V a01 = kAll ? k.carry2 : a[0] * a[1], b01 = apply(a[1], b[1], b[0]);
-    const V a012 = kAll ? k.carry3 : a01 * a[2], b012 = apply(a[2], b[2], b01);
-    const V a23 = kAll ? k.carry2 : a[2] * a[3], b23 = apply(a[3], b[3], b[2]);
-    V A = kAll ? k.power[0] : a01 * a23, B = apply(a23, b23, b01);
+    constexpr int first = in_order(0), second = in_order(1), third = in_order(2), fourth = in_order(3);
+    const V b0 = kAll ? b[first] : valid[first].keep(b[first]);
+    const V b01 = step<kAll>(valid[second], b[second], b0);
+    const V b012 = step<kAll>(valid[third], b[third], b01);
+    V B = step<kAll>(valid[fourth], b[fourth], b012);
+    const V a0 = kAll ? k.carry : valid[first].choose(k.carry, broadcast<V>(acc_t(1)));
+    const V a01 = kAll ? k.carry2 : weigh(valid[second], a0);
+    const V a012 = kAll ? k.carry3 : weigh(valid[third], a01);
+    V A = kAll ? k.power[0] : weigh(valid[fourth], a012);
     // Inclusive scan over the chunks; then what reaches a chunk is the composite of its neighbour.
     if constexpr (kAll) {
       B = apply(k.power[0], B, receive<1>(B, V{}));
@@ -190,13 +229,18 @@ struct RowScan {
     const V carry_in = kAll ? k.carry_in : receive<1>(A, broadcast<V>(acc_t(1)));
     const V h = apply(carry_in, receive<1>(B, V{}), broadcast_lane<0>(state));
     constexpr int last = kReverse ? lane_of(0) : lane_of(W - 1);
-    state = apply(kAll ? k.tile : broadcast_lane<last>(A), drop(broadcast_lane<last>(B), k.not_state), state);
+    state = apply(kAll ? k.tile : broadcast_lane<last>(A), shuffle<StateIndex<last>>(B, V{}), state);
 
-    before[in_order(0)] = h;
-    before[in_order(1)] = apply(a[0], b[0], h);
-    before[in_order(2)] = apply(a01, b01, h);
-    before[in_order(3)] = apply(a012, b012, h);
+    before[first] = h;
+    before[second] = step<kAll>(valid[first], b[first], h);
+    before[third] = apply(a01, b01, h);
+    before[fourth] = apply(a012, b012, h);
   }
+  // One lane of the first in lanes 0 and 1, the second in the others.
+  template <int kLane>
+  struct StateIndex {
+    static constexpr int at(int lane) { return lane < 2 ? kLane : W + lane; }
+  };
   static constexpr int in_order(int j) { return kReverse ? 3 - j : j; }
 
   template <int kDistance>
@@ -254,5 +298,39 @@ LAMBDA_RETURN_INLINE Fill mask_fill(const uint8_t* bytes) {
     missing |= invalid[i];
   }
   return any == 0 ? Fill::kNone : missing == 0 ? Fill::kAll : Fill::kSome;
+#endif
+}
+
+// Nonzero where both bytes are: masks hold any byte.
+template <class Bytes>
+LAMBDA_RETURN_INLINE Bytes smaller(Bytes a, Bytes b) {
+  return a < b ? a : b;
+}
+
+// How many bytes are not zero.
+template <class Bytes>
+LAMBDA_RETURN_INLINE int64_t count_valid(Bytes x) {
+  constexpr int kTile = sizeof(Bytes);
+#if LAMBDA_RETURN_AVX512
+  if constexpr (kTile == 64) {
+    return __builtin_popcountll(_mm512_test_epi8_mask((__m512i)x, (__m512i)x));
+  } else {
+    return __builtin_popcountll(_mm256_test_epi8_mask((__m256i)x, (__m256i)x));
+  }
+#elif LAMBDA_RETURN_FMA
+  if constexpr (kTile == 64) {
+    return count_valid(low_half(x)) + count_valid(high_half(x));
+  } else if constexpr (kTile == 32) {
+    return 32 - __builtin_popcount(_mm256_movemask_epi8((__m256i)(x == 0)));
+  } else {
+    return 16 - __builtin_popcount(_mm_movemask_epi8((__m128i)(x == 0)));
+  }
+#else
+  uint64_t words[kTile / 8], sum = 0;
+  store_vector(words, (Bytes)(x != 0) & 1);
+  for (const uint64_t word : words) {
+    sum += word;
+  }
+  return sum * 0x0101010101010101u >> 56;  // all bytes of sum, which do not overflow
 #endif
 }
