@@ -6,6 +6,8 @@
 
 #include "torch_abi.h"
 
+#include <algorithm>
+#include <array>
 #include <initializer_list>
 
 #include "kernels/numeric.h"
@@ -63,9 +65,28 @@ inline Tensor byte_mask(const Tensor& mask) {
   return contiguous_rows(is_byte ? mask : torch::stable::to(mask, ScalarType::Bool));
 }
 
-// x of dtype, contiguous: for [B] and 0-dim arguments.
+// x of dtype, contiguous: for [B] and 0-dim arguments. The dispatcher takes a microsecond, and so is not called for
+// nothing.
 inline Tensor contiguous_as(const Tensor& x, ScalarType dtype) {
-  return torch::stable::contiguous(x.scalar_type() == dtype ? x : torch::stable::to(x, dtype));
+  if (x.scalar_type() != dtype) return torch::stable::contiguous(torch::stable::to(x, dtype));
+  return x.is_contiguous() ? x : torch::stable::contiguous(x);
+}
+
+// A new contiguous tensor on the device of like, past the dispatcher.
+inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  std::array<int64_t, 2> strides{};
+  STD_TORCH_CHECK(sizes.size() <= strides.size(), "new_tensor makes matrices, rows and numbers");
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(1, sizes.begin()[i])) {
+    strides[i] = stride;
+  }
+  const auto device = like.device();
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), static_cast<int32_t>(device.type()),
+      device.index(), &made));
+  return Tensor(made);
 }
 
 // Row pointers into a [B, T] tensor whose rows are contiguous in T.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.library import register_autograd, register_fake, register_vmap
+from torch.library import Library, register_autograd, register_fake, register_vmap
 
 _ops = torch.ops.lambda_return
 
@@ -25,13 +25,40 @@ REDUCTIONS = ("token_mean", "sequence_mean", "sum", "none")
 # whose way of setting up the context costs an eager call half as much again.
 _functions: dict[Any, type[Function]] = {}
 _transformable: dict[Any, type[Function]] = {}
+# And of the losses with nothing but the loss for an output.
+_losses: dict[Any, type[Function]] = {}
+
+
+class _Kernels(Library):
+    """Registers torch's autograd kernels, and before each a way past it for calls that need no gradient.
+
+    Its own way past enters the dispatcher anew with a set of keys and is half of a call on a few tokens.
+    """
+
+    def impl(self, op_name: str, fn: Callable[..., Any], dispatch_key: str = "", **options: Any) -> None:
+        operator = getattr(_ops, op_name).default
+
+        def kernel(keyset: Any, *args: Any) -> Any:
+            if (
+                type(args[0]) is not Tensor  # a fake tensor, say
+                or torch._C._are_functorch_transforms_active()
+                or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args))
+            ):
+                return fn(keyset, *args)
+            with torch._C._AutoDispatchBelowAutograd():
+                return operator(*args)
+
+        super().impl(op_name, kernel, dispatch_key, **options)
+
+
+_kernels = _Kernels("lambda_return", "FRAGMENT")
 
 
 def _register_autograd(
     name: str, backward: Callable[..., Any], setup_context: Callable[..., None], constants: int = 0
 ) -> None:
     """Register the formulas; the last ``constants`` outputs have no gradient."""
-    register_autograd(f"lambda_return::{name}", backward, setup_context=setup_context)
+    register_autograd(f"lambda_return::{name}", backward, setup_context=setup_context, lib=_kernels)
     operator = getattr(_ops, name).default
 
     def forward(*inputs: Any) -> Any:
@@ -49,6 +76,14 @@ def _register_autograd(
         setup(ctx, inputs, output)
         return output
 
+    def loss_alone(ctx: Any, *inputs: Any) -> Tensor:
+        output = forward(*inputs)
+        setup_context(ctx, inputs, output)
+        return output[0]
+
+    def backward_of_loss(ctx: Any, grad_loss: Tensor) -> Any:
+        return backward(ctx, grad_loss, *[None] * constants)
+
     def backward_if_any(ctx: Any, *grads: Any) -> Any:
         """Gradients are not materialised: where only constants are used, there is none."""
         return backward(ctx, *grads) if grads[0] is not None else (None,) * len(ctx.needs_input_grad)
@@ -62,7 +97,20 @@ def _register_autograd(
         return type(name, (Function,), {key: staticmethod(method) for key, method in methods.items()})
 
     _functions[operator] = function(forward=forward_and_setup, backward=plain_backward)
+    if constants:
+        _losses[operator] = function(forward=loss_alone, backward=backward_of_loss)
     _transformable[operator] = function(forward=forward, setup_context=setup, backward=plain_backward, vmap=vmap)
+
+
+def _is_plain_call() -> bool:
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+
+
+def _needs_gradient(args: tuple) -> bool:
+    for x in args:  # noqa: SIM110  (any() of a generator takes three times as long)
+        if isinstance(x, Tensor) and x.requires_grad:
+            return True
+    return False
 
 
 def call(operator: Any, *args: Any) -> Any:
@@ -78,10 +126,17 @@ def call(operator: Any, *args: Any) -> Any:
         if transform.key() == torch._C._functorch.TransformType.Functionalize:
             return operator(*args)
         return _transformable[operator].apply(*args)
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+    if torch.is_grad_enabled() and _needs_gradient(args):
         return _functions[operator].apply(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*args)
+
+
+def call_loss(operator: Any, *args: Any) -> Tensor:
+    """Call an operator for its first output alone, which leaves autograd less to do."""
+    if _is_plain_call() and torch.is_grad_enabled() and _needs_gradient(args):
+        return _losses[operator].apply(*args)
+    return call(operator, *args)[0]
 
 
 # ---- torch.vmap ----------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from ._arguments import (
     check_value_logits,
     check_values,
 )
-from ._registrations import LOSS_KINDS, REDUCTIONS, call
+from ._registrations import LOSS_KINDS, REDUCTIONS, call, call_loss
 
 _ops = torch.ops.lambda_return
 
@@ -389,7 +389,9 @@ def compute_lambda_value_loss(
         check_like("attention_mask", attention_mask, values)
         check_like("loss_mask", loss_mask, values)
         gamma, lam = check_unit_interval("gamma", gamma), check_unit_interval("lam", lam)
-        return call(_ops.lambda_value_loss.default, values, terminal_rewards, attention_mask, loss_mask, gamma, lam)[0]
+        return call_loss(
+            _ops.lambda_value_loss.default, values, terminal_rewards, attention_mask, loss_mask, gamma, lam
+        )
     check_like("attention_mask", attention_mask, values)
     check_like("loss_mask", loss_mask, values)
     mask_name, mask = "loss_mask", loss_mask
@@ -613,7 +615,7 @@ def compute_mc_value_loss(value_logits: Tensor, rewards: Tensor, attention_mask:
     check_rewards("rewards", rewards, values)
     check_like("attention_mask", attention_mask, values)
     check_like("loss_mask", loss_mask, values)
-    return call(_ops.lambda_value_loss.default, values, rewards, attention_mask, loss_mask, 1.0, 1.0)[0]
+    return call_loss(_ops.lambda_value_loss.default, values, rewards, attention_mask, loss_mask, 1.0, 1.0)
 
 
 def masked_mse(values: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
@@ -641,7 +643,7 @@ def masked_mse(values: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
         wanted = f"{values.dtype} or torch.float32" if half else str(values.dtype)
         raise TypeError(f"targets must be {wanted} for values of {values.dtype}, got {targets.dtype}")
     check_like("mask", mask, values)
-    return call(_ops.masked_mse.default, values, targets, mask)[0]
+    return call_loss(_ops.masked_mse.default, values, targets, mask)
 
 
 def create_eos_only_mask(loss_mask: Tensor) -> Tensor:

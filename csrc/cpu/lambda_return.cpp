@@ -7,7 +7,7 @@ namespace {
 Tensor lambda_return(
     const Tensor& values, const Tensor& terminal_rewards, const Tensor& mask, double gamma, double lam) {
   const LambdaReturnArguments in(values, terminal_rewards, mask);
-  Tensor returns = torch::stable::new_empty(values, {in.B, in.T});
+  Tensor returns = new_tensor(values, {in.B, in.T}, values.scalar_type());
 
   THO_DISPATCH_V2(values.scalar_type(), "lambda_return", AT_WRAP([&] {
     const auto g = mutable_rows<kernel_t<scalar_t>>(returns);
@@ -25,8 +25,8 @@ Tensor lambda_return(
 std::tuple<Tensor, Tensor> lambda_return_backward(
     const Tensor& grad_returns, const Tensor& mask, double gamma, double lam) {
   const LambdaReturnBackwardArguments in(grad_returns, mask);
-  Tensor grad_values = torch::stable::new_empty(grad_returns, {in.B, in.T});
-  Tensor grad_rewards = torch::stable::new_empty(grad_returns, {in.B}, accumulate_dtype(grad_returns));
+  Tensor grad_values = new_tensor(grad_returns, {in.B, in.T}, grad_returns.scalar_type());
+  Tensor grad_rewards = new_tensor(grad_returns, {in.B}, accumulate_dtype(grad_returns));
 
   THO_DISPATCH_V2(grad_returns.scalar_type(), "lambda_return_backward", AT_WRAP([&] {
     using acc_t = accumulate_t<scalar_t>;

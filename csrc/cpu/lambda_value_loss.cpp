@@ -30,7 +30,7 @@ Tensor lambda_value_loss_backward(
     const Tensor& attention_mask, const Tensor& loss_mask, double gamma, double lam) {
   const LambdaValueLossArguments in(values, terminal_rewards, attention_mask, loss_mask);
   const LossGradientArguments grad(grad_loss, num_tokens, values);
-  Tensor grad_values = torch::stable::new_empty(values, {in.B, in.T});
+  Tensor grad_values = new_tensor(values, {in.B, in.T}, values.scalar_type());
 
   THO_DISPATCH_V2(values.scalar_type(), "lambda_value_loss_backward", AT_WRAP([&] {
     const auto a = const_rows<uint8_t>(in.attention_mask);

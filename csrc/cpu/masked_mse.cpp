@@ -31,7 +31,7 @@ Tensor masked_mse_backward(
     const Tensor& mask) {
   const MaskedMseArguments in(values, targets, mask);
   const LossGradientArguments grad(grad_loss, num_tokens, values);
-  Tensor grad_values = torch::stable::new_empty(values, {in.B, in.T});
+  Tensor grad_values = new_tensor(values, {in.B, in.T}, values.scalar_type());
 
   THO_DISPATCH_V2(values.scalar_type(), "masked_mse_backward", AT_WRAP([&] {
     using acc_t = accumulate_t<scalar_t>;

@@ -49,8 +49,8 @@ SquaredError sum_over_rows(int64_t B, int64_t T, const RowError& row_error) {
 
 // (loss, num_tokens): the mean in the accumulation dtype of values and the count in int64, both 0-dim.
 inline std::tuple<Tensor, Tensor> mean_and_count(const SquaredError& error, const Tensor& values) {
-  Tensor loss = torch::stable::new_empty(values, {}, accumulate_dtype(values));
-  Tensor num_tokens = torch::stable::new_empty(values, {}, ScalarType::Long);
+  Tensor loss = new_tensor(values, {}, accumulate_dtype(values));
+  Tensor num_tokens = new_tensor(values, {}, ScalarType::Long);
   if (loss.scalar_type() == ScalarType::Double) {
     *loss.mutable_data_ptr<double>() = error.mean();
   } else {
