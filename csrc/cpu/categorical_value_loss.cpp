@@ -4,15 +4,7 @@
 // the scan of td_lambda runs over V; and as each return comes out of it, the few logits are read again that its
 // distribution is not 0 on. Backward: logits in, gradients out, once. Nothing of the size of the logits is kept but
 // they themselves.
-#if defined(__GNUC__) && !defined(__clang__)
-// A comparison that might raise a floating-point flag, which nobody reads, would keep loops from becoming vectors.
-#pragma GCC optimize("no-trapping-math", "no-math-errno")
-#endif
-
 #include <algorithm>
-#include <bit>
-#include <cstring>
-#include <limits>
 
 #include "../categorical_arguments.h"
 #include "loss_reduction.h"
@@ -20,78 +12,19 @@
 namespace lambda_return::cpu {
 namespace {
 
-// exp(x) for x <= 0: as exact as the library's, and something that the compiler can vectorise. A NaN stays one.
-inline double exp_of(double x) { return std::exp(x); }
-inline float exp_of(float x) {
-  constexpr float kLeast = -87.0f, kRound = 12582912.0f;  // 1.5 * 2^23: what is added to it comes out rounded
-  const float held = x < kLeast ? kLeast : x;
-  const float shifted = held * 1.44269504f + kRound, n = shifted - kRound;
-  const float r = (held - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  const float power = std::bit_cast<float>((std::bit_cast<uint32_t>(shifted) - 0x4B400000u + 127u) << 23);
-  return x < kLeast ? 0.0f : (p * r * r + r + 1.0f) * power;
-}
-
-constexpr int kLanes = 16;  // sums run in so many parts, which the compiler makes vectors of
-
-// A token's logits in the accumulation type, and -inf up to a multiple of kLanes.
-template <class acc_t>
-class LogitBuffer {
- public:
-  explicit LogitBuffer(int64_t K) : K_(K), memory_((K + kLanes - 1) / kLanes * kLanes) {}
-
-  template <class scalar_t>
-  void load(const kernel_t<scalar_t>* logits) {
-    kernels<scalar_t>().widen(logits, K_, memory_.data());
-    std::fill(memory_.begin() + K_, memory_.end(), -std::numeric_limits<acc_t>::infinity());
-  }
-  acc_t* data() { return memory_.data(); }
-
-  acc_t largest() const {
-    const acc_t* x = memory_.data();
-    acc_t most[kLanes];
-    std::copy(x, x + kLanes, most);
-    for (int64_t k = kLanes; k < static_cast<int64_t>(memory_.size()); k += kLanes) {
-      for (int i = 0; i < kLanes; ++i) most[i] = x[k + i] > most[i] ? x[k + i] : most[i];
-    }
-    return *std::max_element(most, most + kLanes);
-  }
-
-  // V and log sum.
-  std::pair<acc_t, acc_t> project(const Bins<acc_t>& bins, acc_t largest) const {
-    const int64_t padded = static_cast<int64_t>(memory_.size());
-    const acc_t* x = memory_.data();
-    acc_t sums[kLanes] = {}, indices[kLanes] = {};
-    for (int64_t k = 0; k < padded; k += kLanes) {
-      for (int i = 0; i < kLanes; ++i) {
-        const acc_t e = exp_of(x[k + i] - largest);
-        sums[i] += e;
-        indices[i] += e * static_cast<acc_t>(static_cast<int>(k) + i);
-      }
-    }
-    acc_t sum = 0, index = 0;
-    for (int i = 0; i < kLanes; ++i) {
-      sum += sums[i];
-      index += indices[i];
-    }
-    return {bins.value(index / sum), std::log(sum)};
-  }
-
- private:
-  int64_t K_;
-  std::vector<acc_t> memory_;
-};
-
-// Calls body(begin, end) for ranges of the tokens of all rows, over threads.
+// Calls body(first, row, t, count) for blocks of the tokens of all rows, over threads: count of them, from token t of a
+// row on, which is number first of all.
 template <class Body>
-void parallel_tokens(const Logits& logits, const Body& body) {
+void parallel_blocks(const Logits& logits, const Body& body) {
   const int64_t grain = std::max<int64_t>(1, kTokensPerThread / logits.K);
-  torch::stable::parallel_for(0, logits.B * logits.T, grain, body);
+  torch::stable::parallel_for(0, logits.B * logits.T, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin; first < end;) {
+      const int64_t row = first / logits.T, t = first % logits.T;
+      const int64_t count = std::min({kBlock, end - first, logits.T - t});
+      body(first, row, t, count);
+      first += count;
+    }
+  });
 }
 
 // values, largest, log_sums <- what the logits say; log_sums inf where the token does not count.
@@ -105,19 +38,10 @@ void project(
   auto* v = static_cast<acc_t*>(values.mutable_data_ptr());
   auto* most = static_cast<acc_t*>(largest.mutable_data_ptr());
   auto* log_sum = static_cast<acc_t*>(log_sums.mutable_data_ptr());
-  parallel_tokens(in, [&](int64_t begin, int64_t end) {
-    LogitBuffer<acc_t> buffer(in.K);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t b = i / in.T, t = i % in.T;
-      v[i] = 0;
-      log_sum[i] = not_counted<acc_t>();
-      if (valid.data != nullptr && valid[b][t] == 0) continue;  // its logits are not even read
-      buffer.template load<scalar_t>(logits.at(b, t));
-      most[i] = buffer.largest();
-      const auto [value, sum] = buffer.project(bins, most[i]);
-      v[i] = value;
-      if (attended.data == nullptr || attended[b][t] != 0) log_sum[i] = sum;
-    }
+  parallel_blocks(in, [&](int64_t first, int64_t row, int64_t t, int64_t count) {
+    kernels<scalar_t>().project_logits(
+        bins, {logits.at(row, t), logits.token_stride, in.K, count}, valid.data == nullptr ? nullptr : valid[row] + t,
+        attended.data == nullptr ? nullptr : attended[row] + t, v + first, most + first, log_sum + first);
   });
 }
 
@@ -127,40 +51,34 @@ void scan_and_compare(
     const Logits& logits, const Bins<accumulate_t<scalar_t>>& bins, const TdLambdaArguments& in, const Layout& layout,
     const Tensor& largest, const Tensor& log_sums, const Tensor& returns, LossReduction& loss) {
   using acc_t = accumulate_t<scalar_t>;
-  const auto rows = logits.rows<scalar_t>();
+  const auto rows = logits.rows<kernel_t<scalar_t>>();
   const auto largest_rows = mutable_token_rows<acc_t>(largest);
   const auto log_sum_rows = mutable_token_rows<acc_t>(log_sums);
   const auto return_rows = mutable_token_rows<acc_t>(returns);
   const int64_t* offsets = layout.rows().offsets;
   TdLambdaScan<acc_t>(in, layout, in.lam).run([&](const Stretch& stretch) {
     return [&, stretch](const auto& block) {
-      const acc_t* most = layout.row_of(largest_rows, stretch.row) + block.begin;
+      const int64_t row = offsets == nullptr ? stretch.row : 0;
+      const int64_t token = block.begin + (offsets == nullptr ? 0 : offsets[stretch.row]);
       const acc_t* log_sum = layout.row_of(log_sum_rows, stretch.row) + block.begin;
       acc_t* out = layout.row_of(return_rows, stretch.row) + block.begin;
-      acc_t* losses = loss.template losses_of<acc_t>(stretch.row);
+      acc_t* kept = loss.template losses_of<acc_t>(stretch.row);
+      alignas(64) acc_t losses[kBlock];
+      token_loops(acc_t()).finish_returns(block.carries, block.rewards, nullptr, block.mask, block.length, out);
+      kernels<scalar_t>().cross_entropies(
+          bins, {rows.at(row, token), rows.token_stride, logits.K, block.length}, out,
+          layout.row_of(largest_rows, stretch.row) + block.begin, log_sum, losses);
+      if (kept != nullptr) std::copy(losses, losses + block.length, kept + block.begin);
       TokenSums& sums = *loss.sums_of(stretch);
       for (int64_t t = 0; t < block.length; ++t) {
-        const acc_t g = block.carries[t] + (block.rewards == nullptr ? acc_t(0) : block.rewards[t]);
-        out[t] = block.mask[t] != 0 ? g : acc_t(0);
-        acc_t token_loss = 0;
-        if (log_sum[t] != not_counted<acc_t>()) {
-          const int64_t token = block.begin + t;
-          const scalar_t* x =
-              offsets == nullptr ? rows.at(stretch.row, token) : rows.at(0, offsets[stretch.row] + token);
-          acc_t expected = 0;  // the logit under q, less the largest
-          bins.for_weights(bins.target(g), [&](int64_t k, acc_t q) {
-            if (q != 0) expected += q * (static_cast<acc_t>(x[k]) - most[t]);  // a logit of -inf may be where q is 0
-          });
-          token_loss = log_sum[t] - expected;
-          const double target = g, error = g - block.values[t];
-          sums.loss += token_loss;
-          sums.tokens += 1;
-          sums.returns += target;
-          sums.squared_returns += target * target;
-          sums.errors += error;
-          sums.squared_errors += error * error;
-        }
-        if (losses != nullptr) losses[block.begin + t] = token_loss;
+        if (log_sum[t] == not_counted<acc_t>()) continue;
+        const double target = out[t], error = out[t] - block.values[t];
+        sums.loss += losses[t];
+        sums.tokens += 1;
+        sums.returns += target;
+        sums.squared_returns += target * target;
+        sums.errors += error;
+        sums.squared_errors += error * error;
       }
     };
   });
@@ -173,7 +91,7 @@ void write_gradients(
     const Tensor& grad_logits) {
   using acc_t = accumulate_t<scalar_t>;
   using value_t = kernel_t<scalar_t>;
-  const int64_t K = in.in.K, T = in.in.T;
+  const int64_t K = in.in.K;
   const bool of_tokens = in.reduction == Reduction::kNone;
   const auto rows = in.in.rows<value_t>();
   const auto log_sums = const_rows<acc_t>(in.log_sums);
@@ -183,26 +101,22 @@ void write_gradients(
   const auto* scales = static_cast<const acc_t*>(in.scale.const_data_ptr());
   auto* out = static_cast<value_t*>(grad_logits.mutable_data_ptr());
   const int64_t* offsets = layout.rows().offsets;
-  parallel_tokens(in.in, [&](int64_t begin, int64_t end) {
-    LogitBuffer<acc_t> buffer(K);
-    int64_t sequence = offsets == nullptr ? 0 : std::upper_bound(offsets, offsets + in.shape.B, begin) - offsets - 1;
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t b = i / T, t = i % T;
-      if (offsets == nullptr) sequence = b;
-      while (offsets != nullptr && i >= offsets[sequence + 1]) ++sequence;
-      const acc_t log_sum = log_sums[b][t];
-      if (log_sum == not_counted<acc_t>()) {
-        std::memset(static_cast<void*>(out + i * K), 0, K * sizeof(value_t));
-        continue;
+  parallel_blocks(in.in, [&](int64_t first, int64_t row, int64_t t, int64_t count) {
+    acc_t factors[kBlock];
+    if (of_tokens) {
+      std::copy(grad_rows[row] + t, grad_rows[row] + t + count, factors);
+    } else if (offsets == nullptr) {
+      std::fill(factors, factors + count, *grad * scales[row]);
+    } else {  // the sequences that the block lies in
+      int64_t sequence = std::upper_bound(offsets, offsets + in.shape.B, t) - offsets - 1;
+      for (int64_t i = 0; i < count; ++sequence) {
+        const int64_t end = std::min(count, offsets[sequence + 1] - t);
+        for (; i < end; ++i) factors[i] = *grad * scales[sequence];
       }
-      const acc_t factor = of_tokens ? grad_rows[b][t] : *grad * scales[sequence];
-      buffer.template load<scalar_t>(rows.at(b, t));
-      acc_t* x = buffer.data();
-      const acc_t largest = buffer.largest();
-      for (int64_t k = 0; k < K; ++k) x[k] = factor * exp_of((x[k] - largest) - log_sum);
-      bins.for_weights(bins.target(returns[b][t]), [&](int64_t k, acc_t q) { x[k] -= factor * q; });
-      kernels<scalar_t>().narrow(x, K, out + i * K);
     }
+    kernels<scalar_t>().logit_gradients(
+        bins, {rows.at(row, t), rows.token_stride, K, count}, returns[row] + t, log_sums[row] + t, factors,
+        out + first * K);
   });
 }
 

@@ -17,7 +17,8 @@
 //
 // s is kept for the backward and m found anew: their sum would round away what large logits differ by.
 //
-// A Gaussian ends here at 9 standard deviations: what is beyond weighs less than 1e-18.
+// A Gaussian ends here at 9 standard deviations, beyond which is less than 1e-18 of it; in float32 at 6, beyond which
+// is less than 2e-9.
 #pragma once
 
 #include <cmath>
@@ -53,7 +54,7 @@ struct Bins {
   BinKind kind;
   int64_t K;
   acc_t low, high, first, width;
-  acc_t reach, sharpness;  // of hl_gauss: 9 sigma, 1 / (sigma sqrt(2)); both in widths
+  acc_t reach, sharpness;  // of hl_gauss: 9 or 6 sigma, 1 / (sigma sqrt(2)); both in widths
 
   static Bins of(int64_t kind, int64_t K, double low, double high, double sigma) {
     const bool gaussian = kind == static_cast<int64_t>(BinKind::kHlGauss);
@@ -65,12 +66,23 @@ struct Bins {
         static_cast<acc_t>(high),
         static_cast<acc_t>(gaussian ? low + width / 2 : low),
         static_cast<acc_t>(width),
-        static_cast<acc_t>(9 * sigma),
+        static_cast<acc_t>((sizeof(acc_t) == 8 ? 9 : 6) * sigma),
         static_cast<acc_t>(1 / (sigma * std::sqrt(2.0)))};
   }
 
   // V, from the mean of k over the softmax.
   LAMBDA_RETURN_HOST_DEVICE acc_t value(acc_t mean_index) const { return first + width * mean_index; }
+
+  // The bins begin ... end - 1 that the q of a place is not 0 on. A NaN is everywhere.
+  struct Reach {
+    int64_t begin, end;
+  };
+
+  LAMBDA_RETURN_HOST_DEVICE Reach reach_of(acc_t place) const {
+    if (!(place == place)) return {0, K};
+    if (kind == BinKind::kTwoHot) return {within(round_down(place), 0), within(round_down(place) + 2, 1)};
+    return {within(round_down(place + acc_t(0.5) - reach), 0), within(round_down(place + acc_t(1.5) + reach), 1)};
+  }
 
   // Where a target is: its place in widths from the middle of bin 0, the bins begin ... end - 1 that q is not 0 on, and
   // 1 / (F(high) - F(low)) of hl_gauss. A NaN is everywhere.
@@ -82,12 +94,11 @@ struct Bins {
 
   LAMBDA_RETURN_HOST_DEVICE Target target(acc_t g) const {
     const acc_t place = ((g < low ? low : g > high ? high : g) - first) / width;
-    if (!(place == place)) return {place, 0, K, place};
-    if (kind == BinKind::kTwoHot) return {place, within(round_down(place), 0), within(round_down(place) + 2, 1), 1};
+    const Reach bins = reach_of(place);
+    if (!(place == place)) return {place, bins.begin, bins.end, place};
+    if (kind == BinKind::kTwoHot) return {place, bins.begin, bins.end, 1};
     const acc_t left = edge(place, 0), right = edge(place, K);
-    return {
-        place, within(round_down(place + acc_t(0.5) - reach), 0), within(round_down(place + acc_t(1.5) + reach), 1),
-        1 / gaussian_mass(left, gaussian_tail(left), right, gaussian_tail(right))};
+    return {place, bins.begin, bins.end, 1 / gaussian_mass(left, gaussian_tail(left), right, gaussian_tail(right))};
   }
 
   // q_k, for any k.

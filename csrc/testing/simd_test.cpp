@@ -11,6 +11,7 @@
 #include <random>
 #include <vector>
 
+#include "kernels/categorical_value_loss.h"
 #include "kernels/lambda_return.h"
 #include "kernels/lambda_value_loss.h"
 #include "kernels/masked_mse.h"
@@ -171,7 +172,144 @@ void check_kernels(const char* set, const char* dtype, const RowKernels<scalar_t
   }
 }
 
+// ---- the classification loss ----------------------------------------------------------------------------------------
+
+template <class scalar_t>
+scalar_t to_scalar(double x) {
+  if constexpr (sizeof(scalar_t) >= 4) {
+    return static_cast<scalar_t>(x);
+  } else if constexpr (std::is_same_v<scalar_t, bfloat16_bits>) {  // by truncation
+    const float f = static_cast<float>(x);
+    uint32_t bits;
+    std::memcpy(&bits, &f, 4);
+    return {static_cast<uint16_t>(bits >> 16)};
+  } else {  // an integer or a multiple of 1 / 8 of few bits
+    int exponent;
+    const double mantissa = std::frexp(std::abs(x), &exponent);
+    const uint32_t bits = x == 0 ? 0 : (exponent + 14) << 10 | static_cast<uint32_t>(mantissa * 2048) % 1024;
+    return {static_cast<uint16_t>((x < 0) << 15 | bits)};
+  }
+}
+
+// The three kernels against the formulas of csrc/kernels in float64, with every number of logits around the lanes.
+template <class scalar_t>
+void check_logits(const char* set, const char* dtype, const RowKernels<scalar_t>& kernels) {
+  using acc_t = accumulate_t<scalar_t>;
+  const double unit = std::numeric_limits<acc_t>::epsilon();
+  constexpr int64_t N = 37, kPadding = 3;  // tokens, and what stands between their logits and is not theirs
+  std::mt19937 random(11);
+  for (const int64_t K : {2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 51, 64, 101}) {
+    for (const auto& [kind, sigma] :
+         {std::pair(BinKind::kTwoHot, 1.0), {BinKind::kHlGauss, 0.75}, {BinKind::kHlGauss, 3.0}}) {
+      const auto bins = Bins<acc_t>::of(static_cast<int64_t>(kind), K, -0.5, 1.5, sigma);
+      const auto wide = Bins<double>::of(static_cast<int64_t>(kind), K, -0.5, 1.5, sigma);
+      const int64_t stride = K + kPadding;
+      std::vector<scalar_t> logits(N * stride, not_a_number<scalar_t>()), gradients(N * K);
+      std::vector<acc_t> values(N), largest(N), log_sums(N), targets(N), losses(N), factors(N, acc_t(0.25));
+      std::vector<uint8_t> mask(N), attention(N);
+      for (int64_t t = 0; t < N; ++t) {
+        mask[t] = random() % 4 ? 1 + random() % 255 : 0;
+        attention[t] = random() % 4 ? 1 + random() % 255 : 0;
+        targets[t] = acc_t(-0.75 + 2.5 * t / (N - 1));  // beyond the bins on both sides
+        for (int64_t k = 0; k < K && mask[t]; ++k) {
+          logits[t * stride + k] = to_scalar<scalar_t>((static_cast<int>(random() % 129) - 64) / 8.0);
+        }
+        if (mask[t] && t % 5 == 0) logits[t * stride + K - 1] = to_scalar<scalar_t>(40.0);
+      }
+      const LogitBlock<scalar_t> block{logits.data(), stride, K, N};
+      kernels.project_logits(
+          bins, block, mask.data(), attention.data(), values.data(), largest.data(), log_sums.data());
+      kernels.cross_entropies(bins, block, targets.data(), largest.data(), log_sums.data(), losses.data());
+      kernels.logit_gradients(bins, block, targets.data(), log_sums.data(), factors.data(), gradients.data());
+      double worst = 0;
+      const auto compare = [&](double got, double want, double allowed) {
+        const double error = std::abs(got - want) / allowed;
+        worst = error <= worst ? worst : error;  // a NaN stays
+      };
+      for (int64_t t = 0; t < N; ++t) {
+        const bool counts = mask[t] && attention[t];
+        std::vector<double> x(K), q(K);
+        double most = -INFINITY, sum = 0, index = 0, expected = 0;
+        for (int64_t k = 0; k < K; ++k) {
+          x[k] = to_double(logits[t * stride + k]);
+          most = std::fmax(most, x[k]);
+        }
+        for (int64_t k = 0; k < K; ++k) {
+          sum += std::exp(x[k] - most);
+          index += k * std::exp(x[k] - most);
+        }
+        compare(values[t], mask[t] ? wide.value(index / sum) : 0, 8 * unit);
+        compare(log_sums[t] == not_counted<acc_t>(), !counts, 0.5);
+        // In units of the largest difference of logits; a target's place in bins is only exact to K roundings.
+        wide.for_weights(wide.target(targets[t]), [&](int64_t k, double weight) { q[k] = weight; });
+        for (int64_t k = 0; k < K && counts; ++k) {
+          expected += q[k] * (x[k] - most);
+        }
+        const double exact = (4 + K) * unit;
+        compare(losses[t], counts ? std::log(sum) - expected : 0, 64 * exact);
+        for (int64_t k = 0; k < K; ++k) {
+          const double want = counts ? 0.25 * (std::exp(x[k] - most) / sum - q[k]) : 0;
+          compare(
+              to_double(gradients[t * K + k]), want,
+              exact + kRounding<scalar_t> * std::abs(want) * 1.01 + 0x1p-25 * (kRounding<scalar_t> > 0));
+        }
+      }
+      if (!(worst <= 1)) {
+        ++failures;
+        std::printf(
+            "FAILED: %s %s, %lld logits, kind %d: %g times the error allowed\n", set, dtype, static_cast<long long>(K),
+            static_cast<int>(kind), worst);
+      }
+    }
+  }
+}
+
+// The exponential and the Gaussian's tails, each of which a gradient or a loss is made to consist of alone: relative
+// errors in units of epsilon.
+template <class acc_t>
+void check_elementary(const char* set, const char* dtype, const RowKernels<acc_t>& kernels) {
+  const double unit = std::numeric_limits<acc_t>::epsilon(), least = sizeof(acc_t) == 8 ? -708 : -87;
+  double of_exp = 0, of_tail = 0;
+  constexpr int64_t K = 64;
+  {  // softmax - q where q is 0, the largest logit and the logarithm of the sum are said to be 0
+    const auto bins = Bins<acc_t>::of(static_cast<int64_t>(BinKind::kTwoHot), K, 0, 1, 1);
+    std::vector<acc_t> logits(K), gradients(K);
+    const acc_t target = 0, log_sum = 0, factor = 1;
+    for (int64_t i = 0; i < 1 << 12; ++i) {
+      for (int64_t k = 2; k < K; ++k) logits[k] = static_cast<acc_t>(least * (i * (K - 2) + k) / (K << 12));
+      kernels.logit_gradients(bins, {logits.data(), K, K, 1}, &target, &log_sum, &factor, gradients.data());
+      for (int64_t k = 2; k < K; ++k) {
+        const double want = std::exp(static_cast<double>(logits[k]));
+        of_exp = std::fmax(of_exp, std::abs(gradients[k] - want) / (want * unit));
+      }
+    }
+  }
+  // Two bins, the Gaussian around the middle of the first: the share of the second is the tail from 1/2 width on, less
+  // what is beyond 3/2. Of a wide Gaussian both are large and their difference is not, so the error is said of the
+  // tail.
+  const acc_t largest = 0, log_sum = 0;
+  const double reach = sizeof(acc_t) == 8 ? 9 : 6;
+  for (int i = 1; i <= 1 << 14; ++i) {
+    const double z = reach * i / (1 << 14), sigma = 0.5 / z;  // the edge, in standard deviations
+    const auto bins = Bins<acc_t>::of(static_cast<int64_t>(BinKind::kHlGauss), 2, 0, 2, sigma);
+    const acc_t target = acc_t(0.5), logits[] = {0, -1};
+    acc_t loss;
+    kernels.cross_entropies(bins, {logits, 2, 2, 1}, &target, &largest, &log_sum, &loss);
+    const double from = 0.5 * bins.sharpness, tail = std::erfc(from), beyond = std::erfc(3 * from);
+    const double error = std::abs(loss * (2 - tail - beyond) - (tail - beyond));
+    of_tail = std::fmax(of_tail, error / (tail * unit * (5 + 2.5 * from * from)));
+  }
+  std::printf("%s %s: exp to %.2f epsilon, erfc(z) to %.2f (5 + 2.5 z^2) epsilon\n", set, dtype, of_exp, of_tail);
+  failures += !(of_exp <= 1) + !(of_tail <= 1);
+}
+
 void check_set(const InstructionSet& set) {
+  check_logits(set.name, "float64", set.float64);
+  check_logits(set.name, "float32", set.float32);
+  check_logits(set.name, "bfloat16", set.bfloat16);
+  check_logits(set.name, "float16", set.float16);
+  check_elementary(set.name, "float64", set.float64);
+  check_elementary(set.name, "float32", set.float32);
   check_kernels(set.name, "float64", set.float64);
   check_kernels(set.name, "float32", set.float32);
   check_kernels(set.name, "bfloat16", set.bfloat16);

@@ -14,8 +14,10 @@ INSTRUCTION_SETS = ("portable", "avx2", "avx512")
 CHECK = """
 import sys
 import torch
+from torch.nn.functional import cross_entropy
 import lambda_return_ext as package
 from lambda_return_ext import reference
+from lambda_return_ext.categorical import Bins, categorical_values, compute_categorical_value_loss
 
 assert package.build_info()["instruction_set"] == sys.argv[1]
 torch.manual_seed(0)
@@ -41,6 +43,19 @@ for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-5), (torch.b
             (got_grad,) = torch.autograd.grad(got, values)
             (want_grad,) = torch.autograd.grad(want, wide)
             torch.testing.assert_close(got_grad.double(), want_grad, rtol=2 * tolerance, atol=tolerance)
+    for K in (2, 7, 51):
+        logits = torch.randn(2, 300, K).to(dtype).requires_grad_()
+        rewards, mask = torch.rand(2), torch.rand(2, 300) < 0.7
+        wide = logits.detach().double().requires_grad_()
+        for target in ("hl_gauss", "two_hot"):
+            bins = Bins(target=target)
+            targets = reference.compute_lambda_return(categorical_values(wide.detach(), bins), rewards.double(), mask)
+            got = compute_categorical_value_loss(logits, rewards, mask, mask, bins=bins)
+            want = cross_entropy(wide[mask], bins.probabilities(targets[mask], K))
+            torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=1e-12)
+            (got_grad,) = torch.autograd.grad(got, logits)
+            (want_grad,) = torch.autograd.grad(want, wide)
+            torch.testing.assert_close(got_grad.double(), want_grad, rtol=tolerance, atol=tolerance / 300)
 print("checked")
 """
 

@@ -1,11 +1,12 @@
 // The vectorised kernels of the CPU and the choice among instruction sets, torch-free.
 //
-// portable.cpp, avx2.cpp and avx512.cpp compile the same three headers (vector.h, row_scan.h, row_kernels.h) for 4, 8
+// portable.cpp, avx2.cpp and avx512.cpp compile the same headers (row_kernels.h and those that it includes) for 4, 8
 // and 16 float32 lanes. The first time one is asked for, the widest that the processor has is chosen for good.
 #pragma once
 
 #include <cstdint>
 
+#include "../../kernels/categorical_value_loss.h"
 #include "../../kernels/scan.h"
 #include "../../kernels/squared_error.h"
 #include "../../kernels/token_loss.h"
@@ -31,6 +32,16 @@ struct ScanConstants {
   acc_t tile;          // c^(tokens of a tile)
   alignas(64) acc_t carry_in_reverse[16];
   alignas(64) acc_t carry_in_forward[16];
+};
+
+// Tokens that the general operators take at a time, so that what they compute of them stays in the first-level cache.
+constexpr int64_t kBlock = 1024;
+
+// At most kBlock tokens of a row, K logits each: those of token t begin at logits + t * stride.
+template <class scalar_t>
+struct LogitBlock {
+  const scalar_t* logits;
+  int64_t stride, K, length;
 };
 
 // The kernels of one dtype on one stretch of a row, [T] all. They return the stretch's map from the carry that enters
@@ -74,10 +85,21 @@ struct RowKernels {
   // To the accumulation type and back.
   void (*widen)(const scalar_t* from, int64_t n, acc_t* to);
   void (*narrow)(const acc_t* from, int64_t n, scalar_t* to);
-};
 
-// Tokens that the general operators take at a time, so that what they compute of them stays in the first-level cache.
-constexpr int64_t kBlock = 1024;
+  // categorical_value_loss, all [length] but for the logits. What the logits say where mask is valid: values, and with
+  // them largest and, where attention is valid too, log_sums; else V is 0 and log_sums not_counted(). Null masks: all.
+  void (*project_logits)(
+      const Bins<acc_t>& bins, const LogitBlock<scalar_t>& block, const uint8_t* mask, const uint8_t* attention,
+      acc_t* values, acc_t* largest, acc_t* log_sums);
+  // Where log_sums says that a token counts, its cross-entropy against its target, and 0 elsewhere.
+  void (*cross_entropies)(
+      const Bins<acc_t>& bins, const LogitBlock<scalar_t>& block, const acc_t* targets, const acc_t* largest,
+      const acc_t* log_sums, acc_t* losses);
+  // The gradients of the same times factors; grad_logits [length, K].
+  void (*logit_gradients)(
+      const Bins<acc_t>& bins, const LogitBlock<scalar_t>& block, const acc_t* targets, const acc_t* log_sums,
+      const acc_t* factors, scalar_t* grad_logits);
+};
 
 // At most kBlock tokens of a row and what became of them, [length] all. Null: no rewards, not clipped; and of the last
 // two, not asked for.

@@ -459,6 +459,8 @@ void masked_mse_backward(
 
 #include "token_loops.h"
 
+#include "logit_loops.h"
+
 template <class scalar_t>
 constexpr RowKernels<scalar_t> row_kernels() {
   return {
@@ -475,6 +477,9 @@ constexpr RowKernels<scalar_t> row_kernels() {
       masked_mse_backward<scalar_t, accumulate_of<scalar_t>>,
       widen_tokens<scalar_t>,
       narrow_tokens<scalar_t>,
+      project_logits<scalar_t>,
+      cross_entropies<scalar_t>,
+      logit_gradients<scalar_t>,
   };
 }
 
