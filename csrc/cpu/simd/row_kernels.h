@@ -252,15 +252,14 @@ struct LossGradientSink {
   template <bool kAll>
   LAMBDA_RETURN_INLINE void tile(
       const uint8_t* mask, const V (&values)[4], const Mask (&valid)[4], const V (&before)[4]) const {
-    attention.template with_counts<kAll>(
-        mask, valid, [&](auto all, int64_t num_tokens, auto& counts) LAMBDA_RETURN_INLINE_LAMBDA {
-          V x[4];
-          for (int i = 0; i < 4; ++i) {
-            x[i] = (values[i] - before[i]) * scale;
-            if constexpr (!all) x[i] = counts[i].keep(x[i]);
-          }
-          out.store_tile(x);
-        });
+    attention.template with_counts<kAll>(mask, valid, [&](auto all, int64_t, auto& counts) LAMBDA_RETURN_INLINE_LAMBDA {
+      V x[4];
+      for (int i = 0; i < 4; ++i) {
+        x[i] = (values[i] - before[i]) * scale;
+        if constexpr (!all) x[i] = counts[i].keep(x[i]);
+      }
+      out.store_tile(x);
+    });
   }
   LAMBDA_RETURN_INLINE void skip() const { out.skip(); }
 };
