@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
-from ops_testing import leaf, rng
+from hypothesis import given
+from hypothesis import strategies as st
+from ops_testing import PROPERTY, batches, leaf, rng, unit_floats
 from td_lambda_testing import packed, padded
 
-from lambda_return_ext import reference
+from lambda_return_ext import compute_lambda_return, reference
 from lambda_return_ext.categorical import Bins, categorical_values, compute_categorical_value_loss
 
 BINS = [Bins(), Bins(-1.0, 2.0, "two_hot"), Bins(-0.5, 1.5, "hl_gauss", 1.5)]
@@ -72,6 +74,29 @@ def test_the_loss_is_the_cross_entropy_against_the_returns(where, bins, reductio
     bad = torch.where(counts[..., None] | case.loss_mask[..., None], logits, float("nan"))
     bad = leaf(bad)
     assert torch.equal(torch.autograd.grad(loss(bad).sum(), bad)[0], grad)
+
+
+@PROPERTY
+@given(
+    batch=batches(),
+    gamma=unit_floats,
+    lam=unit_floats,
+    K=st.integers(2, 70),
+    kind=st.sampled_from(["hl_gauss", "two_hot"]),
+    sigma=st.floats(0.1, 10),
+    scale=st.sampled_from([0.0, 1.0, 30.0]),
+)
+def test_any_mask_discount_and_bins(batch, gamma, lam, K, kind, sigma, scale):
+    bins, mask, attention = Bins(-0.25, 1.25, kind, sigma), batch.loss_mask != 0, batch.attention_mask != 0
+    logits = scale * torch.randn(*mask.shape, K, generator=rng(K), dtype=torch.float64)
+    x, y = leaf(logits.masked_fill(~mask[..., None], math.nan)), leaf(logits)
+    arguments = (batch.rewards.double(), batch.attention_mask, batch.loss_mask, gamma, lam)
+    loss = compute_categorical_value_loss(x, *arguments, bins=bins, reduction="sum")
+    targets = reference.compute_lambda_return(categorical_values(logits, bins), arguments[0], mask, gamma, lam)
+    counts = mask & attention
+    expected = -(bins.probabilities(targets, K) * y.log_softmax(-1)).sum(-1)[counts].sum()
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(torch.autograd.grad(loss, x), torch.autograd.grad(expected, y), rtol=1e-9, atol=1e-11)
 
 
 def test_half_logits_give_a_float32_loss():
@@ -203,15 +228,10 @@ def test_the_fused_loss_is_as_exact_as_torch_in_that_dtype(bins, dtype):
     exact = leaf(logits.double())
     reference_loss = loss(exact)
     (reference_grad,) = torch.autograd.grad(reference_loss, exact)
-    scan = (case.terminal_rewards, case.loss_mask, case.rewards, None, case.gamma, case.lam)
-    bootstrapped = (scan[0] + case.gamma * case.bootstrap_values).float()
     x, y = leaf(logits), leaf(logits)
-    from lambda_return_ext.categorical import _Scan, _unfused_loss
-
-    rest = (case.loss_mask, case.rewards, None, case.gamma, case.lam)
-    plain, _statistics = _unfused_loss(
-        y, _Scan(y[..., 0], bootstrapped, *rest), case.loss_mask, bins, "token_mean", None
-    )
+    targets = case.returns(compute_lambda_return, values=categorical_values(logits, bins))
+    losses = -(bins.probabilities(targets, 51) * y.float().log_softmax(-1)).sum(-1)
+    plain = losses[case.loss_mask].mean()
     fused = loss(x)
     (grad,), (plain_grad,) = torch.autograd.grad(fused, x), torch.autograd.grad(plain, y)
     ulp = torch.finfo(torch.float32).eps

@@ -15,6 +15,7 @@ from lambda_return_ext import (
     masked_mse,
     pairwise_ranking_loss,
 )
+from lambda_return_ext.categorical import Bins, compute_categorical_value_loss
 
 # torch's own compiler imports modules that torch deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
@@ -128,7 +129,13 @@ class Everything(nn.Module):
     def forward(self, values, rewards, attention_mask, loss_mask):
         returns = self.returns(values, rewards, loss_mask)
         loss = self.loss(values, rewards, attention_mask, loss_mask)
-        return returns, loss, masked_mse(values, returns, attention_mask), create_eos_only_mask(loss_mask)
+        logits = torch.stack([values, -values, 2 * values], -1)
+        classified = [
+            compute_categorical_value_loss(logits, rewards, attention_mask, loss_mask, bins=Bins(target=target))
+            for target in ("hl_gauss", "two_hot")
+        ]
+        mse = masked_mse(values, returns, attention_mask)
+        return returns, loss, mse, create_eos_only_mask(loss_mask), *classified
 
 
 def test_export_round_trip_with_other_sizes(tmp_path):
