@@ -16,6 +16,7 @@ import argparse
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import report
@@ -39,6 +40,7 @@ from torch import Tensor
 
 import lambda_return_ext as lr
 from lambda_return_ext._registrations import call as operator_call
+from lambda_return_ext.categorical import Bins, categorical_values, compute_categorical_value_loss
 
 ops = torch.ops.lambda_return
 RESULTS = Path(__file__).with_name("results")
@@ -141,6 +143,16 @@ def loss_backward(batch: Batch) -> Contestant:
     bytes_a_token = 2 * batch.values.element_size() + 2
     operator = ops.lambda_value_loss_backward.default
     return _ours("loss backward", lambda: operator_call(operator, *arguments), bytes_a_token, writes=True)
+
+
+def composed_classification(logits: Tensor, batch: Batch, bins: Bins) -> Tensor:
+    """The classification loss by torch's own operations but for the returns, in float32 for 16-bit logits."""
+    x = logits if logits.dtype == torch.float64 else logits.float()
+    values = categorical_values(x.detach(), bins)
+    targets = lr.compute_lambda_return(values, batch.rewards, batch.loss_mask, GAMMA, LAM)
+    losses = -(bins.probabilities(targets, x.shape[-1]) * x.log_softmax(-1)).sum(-1)
+    counted = batch.attention_mask & batch.loss_mask
+    return torch.where(counted, losses, 0.0).sum() / counted.sum()
 
 
 def _copy_name(bytes_a_token: int, fresh: bool) -> str:
@@ -374,6 +386,47 @@ def overhead(plan: Plan) -> list[dict]:
     return group.time()
 
 
+def classification(plan: Plan) -> list[dict]:
+    """Cross-entropy of 51 logits a token against the lambda-returns, fused and composed, one thread."""
+    rows = []
+    B, T = plan.main_shapes[0]
+    for target in ("hl_gauss", "two_hot"):
+        for dtype in (torch.float32, torch.bfloat16):
+            batch, bins = make_batch(B, T, dtype, make_mask("dense", B, T)), Bins(-1.0, 2.0, target)
+            group = Group(plan, f"classification: {target}", batch, "dense")
+            logits = torch.randn(B, T, 51, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+            wide = logits.detach().double().requires_grad_()
+            exact = composed_classification(wide, batch, bins)
+            (exact_grad,) = torch.autograd.grad(exact, wide)
+
+            def fused(x: Tensor, batch: Batch = batch, bins: Bins = bins) -> Tensor:
+                return compute_categorical_value_loss(x, *batch[1:], GAMMA, LAM, bins=bins)
+
+            def composed(x: Tensor, batch: Batch = batch, bins: Bins = bins) -> Tensor:
+                return composed_classification(x, batch, bins)
+
+            def step(loss: Callable[[Tensor], Tensor], x: Tensor = logits) -> Tensor:
+                with torch.enable_grad():
+                    return torch.autograd.grad(loss(x), x)[0]
+
+            size, values = 51 * dtype.itemsize, logits.detach()
+            torch_version = f"torch {torch.__version__}"
+            group.enter(
+                exact.detach(),
+                _ours("fused, forward", partial(fused, values), size, writes=False),
+                Contestant("composed, forward", torch_version, partial(composed, values)),
+            )
+            group.enter(
+                exact_grad,
+                _ours("fused, forward + backward", partial(step, fused), 3 * size, writes=True),
+                Contestant("composed, forward + backward", torch_version, partial(step, composed)),
+            )
+            for bytes_a_token, fresh in ((size, False), (3 * size, True)):
+                group.contestants.append(copy(B * T, bytes_a_token, fresh))
+            rows += group.time()
+    return rows
+
+
 SCENARIOS = {
     "peers": peers,
     "memory": memory,
@@ -381,6 +434,7 @@ SCENARIOS = {
     "dtypes": dtypes,
     "density": density,
     "overhead": overhead,
+    "classification": classification,
 }
 
 

@@ -172,6 +172,18 @@ def overhead_table(rows: list[Row]) -> str:
     )
 
 
+def classification_table(rows: list[Row]) -> str:
+    """Nanoseconds a token."""
+    cases = [
+        ("classification: " + target, dtype) for target in ("hl_gauss", "two_hot") for dtype in ("float32", "bfloat16")
+    ]
+    lines = []
+    for name in ("fused, forward", "composed, forward", "fused, forward + backward", "composed, forward + backward"):
+        found = [one(rows, contestant=name, scenario=scenario, dtype=dtype) for scenario, dtype in cases]
+        lines.append([name, *(digits(1e3 * micros(row) / (int(row["B"]) * int(row["T"]))) for row in found if row)])
+    return table(["51 logits, nanoseconds a token", *(f"{case[0][16:]} {case[1]}" for case in cases)], lines)
+
+
 # ---- goals -------------------------------------------------------------------------------------------------------
 
 
@@ -335,6 +347,7 @@ def sections(folder: Path) -> dict[str, str]:
         "memory": ("memory", memory_table),
         "dtypes": ("dtypes", dtypes_table),
         "overhead": ("overhead", overhead_table),
+        "classification": ("classification", classification_table),
         "peers": ("peers", lambda rows: peers_table(rows, medians=False)),
         "peers with medians": ("peers", lambda rows: peers_table(rows, medians=True)),
     }
@@ -360,6 +373,7 @@ def write(folder: Path) -> None:
         "memory": "Against copies, median milliseconds",
         "dtypes": "By dtype, nanoseconds a token, one thread",
         "overhead": "Overhead of a call",
+        "classification": "Classification against the returns, one thread",
     }
     for name, title in titles.items():
         if name in text:
