@@ -10,9 +10,16 @@ VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_tensor(name: str, x: object) -> None:
-    """Check that ``x`` is a tensor."""
+    """Check that ``x`` is a tensor, and that of this rank alone."""
+    if type(x) is Tensor:
+        return
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if hasattr(x, "device_mesh"):
+        raise TypeError(
+            f"{name} must be a plain tensor, got a DTensor: lambda_return_ext.distributed takes sequences that are "
+            f"sharded on T; where every rank holds whole sequences, give it {name}.to_local()"
+        )
 
 
 def check_values(name: str, values: Tensor) -> Tensor:

@@ -122,11 +122,19 @@ def check_dtensor(rank, ranks):
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     mesh = init_device_mesh("cpu", (ranks,))
-    values, terminal, _attention, mask, gamma, lam, rewards = batch("gaps")
-    sharded = [distribute_tensor(x, mesh, [Shard(1)]) for x in (values, mask, rewards)]
+    values, terminal, attention, mask, gamma, lam, rewards = batch("gaps")
+    sharded = [distribute_tensor(x, mesh, [Shard(1)]) for x in (values, mask, rewards, attention)]
     ours = context_parallel_lambda_return(sharded[0], terminal, sharded[1], gamma, lam, rewards=sharded[2])
     expected = lr.compute_lambda_return(values, terminal, mask, gamma, lam, rewards=rewards)
     torch.testing.assert_close(ours.full_tensor(), expected, rtol=1e-12, atol=1e-12)
+    loss = context_parallel_lambda_value_loss(sharded[0], terminal, sharded[3], sharded[1], gamma, lam)
+    expected = lr.compute_lambda_value_loss(values, terminal, attention, mask, gamma, lam)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    how = "must be a plain tensor, got a DTensor: lambda_return_ext.distributed takes sequences"
+    with pytest.raises(TypeError, match=f"^values {how}"):
+        lr.compute_lambda_return(sharded[0], terminal, sharded[1])
+    with pytest.raises(TypeError, match=f"^loss_mask {how}"):
+        lr.compute_lambda_value_loss(sharded[0].to_local(), terminal, sharded[3].to_local(), sharded[1])
     with pytest.raises(ValueError, match="values must be sharded on T"):
         context_parallel_lambda_return(distribute_tensor(values, mesh, [Replicate()]), terminal, mask)
 
