@@ -11,13 +11,14 @@ import torch
 
 try:
     import lambda_return_ext as lr
+    from lambda_return_ext.categorical import Bins, compute_categorical_value_loss
 except ImportError as error:
     print(f"skipped: the Python package is not installed ({error})")
     sys.exit(77)
 
 
 class Model(torch.nn.Module):
-    """Returns, padded and packed, and both losses."""
+    """Returns, padded and packed, and the losses."""
 
     def forward(
         self, values: torch.Tensor, rewards: torch.Tensor, mask: torch.Tensor, cu_seqlens: torch.Tensor
@@ -27,7 +28,9 @@ class Model(torch.nn.Module):
         loss = lr.compute_lambda_value_loss(values, rewards, mask, mask, 1.0, 0.5)
         packed = lr.lambda_return_varlen(values.flatten(), rewards, cu_seqlens, mask.flatten(), 1.0, 0.5)
         huber = lr.compute_lambda_value_loss(values, rewards, mask, mask, 1.0, 0.5, loss="huber", reduction="sum")
-        return returns, loss, packed, huber
+        logits = torch.stack([-values, values], -1)  # of two bins, 0 and 1: of value sigmoid(2 values)
+        categorical = compute_categorical_value_loss(logits, rewards, mask, mask, 1.0, 1.0, bins=Bins(target="two_hot"))
+        return returns, loss, packed, huber, categorical
 
 
 if __name__ == "__main__":
