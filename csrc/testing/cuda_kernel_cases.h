@@ -6,6 +6,8 @@
 // garbage.
 #pragma once
 
+#include <sys/mman.h>
+
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -30,6 +32,8 @@ namespace lambda_return::cuda::testing {
 inline constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 inline constexpr double kInf = std::numeric_limits<double>::infinity();
 inline constexpr unsigned char kCanary = 0xff;  // NaN in every float format, a valid token in masks
+
+inline constexpr bool kPlain = !CUDA_EMULATOR_TSAN && !CUDA_EMULATOR_ASAN;
 
 // ---- reports ----
 
@@ -124,6 +128,46 @@ class Matrix {
   Place place_;
   std::shared_ptr<char> memory_;
 };
+
+// A [B, T] matrix, or tokens with T logits each, with more than 2^31 elements from one row to the next: an index of 32
+// bits ends up elsewhere. Memory is taken by the pages that are touched alone, and there is none where the system
+// grants no such addresses.
+template <class Element>
+class FarMatrix {
+ public:
+  static constexpr int64_t kStride = (int64_t(1) << 31) + 64;
+
+  FarMatrix(int64_t B, int64_t T) {
+    const auto bytes = static_cast<size_t>(((B - 1) * kStride + T) * static_cast<int64_t>(sizeof(Element)));
+    void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) throw std::bad_alloc();
+    memory_ = {static_cast<Element*>(memory), [bytes](Element* p) { munmap(p, bytes); }};
+  }
+  // With the rows of another matrix.
+  template <class Matrix>
+  static FarMatrix copy_of(const Matrix& matrix, int64_t B, int64_t T) {
+    FarMatrix far(B, T);
+    for (int64_t row = 0; row < B; ++row) {
+      memcpy(far[row], matrix[row], static_cast<size_t>(T) * sizeof(Element));
+    }
+    return far;
+  }
+
+  Element* operator[](int64_t row) const { return memory_.get() + row * kStride; }
+  Rows<Element> rows() const { return {memory_.get(), kStride}; }
+  Rows<const Element> const_rows() const { return {memory_.get(), kStride}; }
+
+ private:
+  std::shared_ptr<Element> memory_;
+};
+
+// Whether rows of two matrices have the same bits.
+template <class A, class B_>
+void expect_same_rows(const char* what, const A& a, const B_& b, int64_t B, int64_t T) {
+  for (int64_t row = 0; row < B; ++row) {
+    expect(memcmp(a[row], b[row], static_cast<size_t>(T) * sizeof(a[row][0])) == 0, what);
+  }
+}
 
 // What was in the workspace before a launch must not matter.
 class Workspace {

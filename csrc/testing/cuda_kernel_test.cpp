@@ -10,8 +10,6 @@ namespace {
 
 using cuda_emulator::Order;
 
-constexpr bool kPlain = !CUDA_EMULATOR_TSAN && !CUDA_EMULATOR_ASAN;
-
 // ThreadSanitizer creates the first 256 threads of a resident block in half a second: few blocks there.
 std::vector<ScheduleSpec> all_schedules() {
   if (CUDA_EMULATOR_TSAN) return {{Order::kRandom, 2, 3}, {Order::kDescending, 1, 2}};
@@ -247,6 +245,48 @@ void test_eos() {
   if (kPlain) test_eos_mask<uint8_t>(kEosMaxBlocks + 2, 2, false, {0, 2}, MaskKind::kGaps);  // more rows than blocks
 }
 
+// ---- more than 2^31 elements ----
+
+// The same bits as with rows next to one another.
+void test_far_rows() {
+  constexpr int64_t B = 3, T = 72;
+  use_schedule(Order::kRandom, 1, 2);
+  const Inputs<float> in(Case{.B = B, .T = T});
+  const Outputs<float> near = run(in);
+  current_case = "rows 2^31 elements apart";
+  const auto values = FarMatrix<float>::copy_of(in.values, B, T), targets = FarMatrix<float>::copy_of(in.targets, B, T);
+  const auto grad_returns = FarMatrix<float>::copy_of(in.grad_returns, B, T);
+  const auto mask = FarMatrix<uint8_t>::copy_of(in.loss_mask, B, T);
+  const auto attention_mask = FarMatrix<uint8_t>::copy_of(in.attention_mask, B, T);
+  const FarMatrix<float> out(B, T);
+  const ScanPlan plan = ScanPlan::of(B, T, kItems<float>);
+  const Workspace scratch(lambda_value_loss_workspace_bytes<float>(plan));
+  float terminal[B], loss = 0, grad_loss = in.grad_loss(in.num_counted);
+  int64_t num_tokens = 0;
+
+  launch_lambda_return<float>(
+      B, T, values.const_rows(), in.rewards.data(), mask.const_rows(), in.c.gamma, in.c.lam, out.rows(), plan,
+      scratch.data(), nullptr);
+  expect_same_rows("returns", out, near.returns, B, T);
+  launch_lambda_return_backward<float>(
+      B, T, grad_returns.const_rows(), mask.const_rows(), in.c.gamma, in.c.lam, out.rows(), terminal, plan,
+      scratch.data(), nullptr);
+  expect_same_rows("grad_values", out, near.grad_values, B, T);
+  const ValueLossInputs<float> inputs{
+      B,          T,       values.const_rows(), in.rewards.data(), attention_mask.const_rows(), mask.const_rows(),
+      in.c.gamma, in.c.lam};
+  launch_lambda_value_loss<float>(inputs, &loss, &num_tokens, plan, scratch.data(), nullptr);
+  expect(loss == near.loss.loss && num_tokens == near.loss.num_tokens, "loss");
+  launch_lambda_value_loss_backward<float>(inputs, &grad_loss, &num_tokens, out.rows(), plan, scratch.data(), nullptr);
+  expect_same_rows("loss gradient", out, near.loss_gradient, B, T);
+  const MseInputs<float, float> mse{B, T, values.const_rows(), targets.const_rows(), mask.const_rows()};
+  launch_masked_mse(mse, &loss, &num_tokens, Workspace(masked_mse_workspace_bytes(mse)).data(), nullptr);
+  expect(loss == near.mse.loss && num_tokens == near.mse.num_tokens, "mse");
+  grad_loss = in.grad_loss(in.num_tokens);
+  launch_masked_mse_backward(mse, &grad_loss, &num_tokens, out.rows(), nullptr);
+  expect_same_rows("mse gradient", out, near.mse_gradient, B, T);
+}
+
 // ---- all ----
 
 template <class scalar_t>
@@ -263,6 +303,7 @@ int test_all() {
   test_layouts();
   test_look_back_distances();
   test_eos();
+  test_far_rows();
   test_type<float>();
   test_type<double>();
   if (!CUDA_EMULATOR_TSAN) test_type<__nv_bfloat16>();  // the synchronisation of float

@@ -2,20 +2,10 @@
 // cu_seqlens holds, and the same bits under every schedule. tests/ops/test_emulated_td_lambda.py has more shapes; the
 // builds with sanitizers are what this is for.
 #include "cuda/td_lambda_loss.cuh"
-#include "cuda_kernel_cases.h"
+#include "sequence_cases.h"
 
 namespace lambda_return::cuda::testing {
 namespace {
-
-using cuda_emulator::Order;
-
-constexpr bool kPlain = !CUDA_EMULATOR_TSAN && !CUDA_EMULATOR_ASAN;
-
-std::vector<ScheduleSpec> schedules() {
-  if (CUDA_EMULATOR_TSAN) return {{Order::kRandom, 2, 3}, {Order::kDescending, 1, 2}};
-  if (CUDA_EMULATOR_ASAN) return {{Order::kDescending, 1, 2}, {Order::kRandom, 2, 5}};
-  return {{Order::kAscending, 1, 1}, {Order::kDescending, 1, 2}, {Order::kRandom, 3, 5}, {Order::kRandom, 4, 16}};
-}
 
 // Sequences of a padded [B, T] or, where there is cu_seqlens, of a packed [T].
 struct GeneralCase {
@@ -25,20 +15,6 @@ struct GeneralCase {
   LossKind kind = LossKind::kHuber;
   Reduction reduction = Reduction::kTokenMean;
   std::optional<ScanPlan> plan = std::nullopt, pair_plan = std::nullopt;
-};
-
-// Exactly as many elements as asked for, the last one at the end of its allocation.
-template <class Element>
-struct Array {
-  int64_t size;
-  std::shared_ptr<char> memory;
-
-  explicit Array(int64_t size_) : size(size_), memory(allocate(size_ * int64_t(sizeof(Element)))) {}
-  Element* data() const { return reinterpret_cast<Element*>(memory.get()); }
-  Element& operator[](int64_t i) const { return data()[i]; }
-  bool same_bits(const Array& other) const {
-    return memcmp(data(), other.data(), static_cast<size_t>(size) * sizeof(Element)) == 0;
-  }
 };
 
 template <class scalar_t>
@@ -311,12 +287,6 @@ void test_general(const GeneralCase& c) {
   }
 }
 
-std::vector<int64_t> starts_of(const std::vector<int64_t>& lengths) {
-  std::vector<int64_t> starts = {0};
-  for (int64_t length : lengths) starts.push_back(starts.back() + length);
-  return starts;
-}
-
 // Every reduction and both families of losses meet every plan, padded and packed.
 template <class scalar_t>
 void test_plans() {
@@ -414,8 +384,68 @@ void test_packed_segments() {
   }
 }
 
+// Rows 2^31 elements apart give the same bits as rows next to one another. Packed tokens are not tested so: those
+// before the first sequence are written, too, and would take gigabytes.
+void test_far_rows() {
+  constexpr int64_t B = 3, T = 72;
+  use_schedule(cuda_emulator::Order::kRandom, 1, 2);
+  GeneralCase c{.B = B, .T = T};
+  c.reduction = Reduction::kNone;
+  const GeneralInputs<float> in(c);
+  const GeneralOutputs<float> near = run(in);
+  current_case = "general, rows 2^31 elements apart";
+  const auto rows_of = [](const auto& array) { return [&](int64_t row) { return array.data() + row * T; }; };
+  const auto far = [&]<class Element>(const Array<Element>& array) {
+    FarMatrix<Element> matrix(B, T);
+    for (int64_t row = 0; row < B; ++row) std::copy_n(rows_of(array)(row), T, matrix[row]);
+    return matrix;
+  };
+  const auto same = [&]<class Element>(const char* what, const FarMatrix<Element>& ours, const Array<Element>& wanted) {
+    for (int64_t row = 0; row < B; ++row) {
+      expect(memcmp(ours[row], rows_of(wanted)(row), T * sizeof(Element)) == 0, what);
+    }
+  };
+  const auto values = far(in.values), old_values = far(in.old_values), grad_returns = far(in.grad_returns);
+  const auto rewards = far(in.rewards), grad_losses = far(in.grad_losses);
+  const auto mask = far(in.mask), attention_mask = far(in.attention_mask);
+  const FarMatrix<float> out(B, T), second(B, T);
+  auto loss = in.loss();
+  loss.tokens = values.const_rows();
+  loss.mask = mask.const_rows();
+  loss.rewards = rewards.const_rows();
+  loss.attention_mask = attention_mask.const_rows();
+  loss.old_values = old_values.const_rows();
+  const TdLambdaInputs<float>& scan = loss;
+  const ScanPlan plan = scan.plan(1), pair_plan = scan.plan(2);
+  const Workspace scratch(td_lambda_loss_workspace_bytes<float>(loss, plan));
+  Array<float> terminal(B), scale(B);
+  Array<double> statistics(TokenSums::kStatistics);
+
+  launch_td_lambda<float>(scan, {in.discounts(), true, out.rows()}, plan, scratch.data(), nullptr);
+  same("advantages", out, near.advantages);
+  launch_td_lambda_pair<float>(
+      scan, {in.discounts(), false, out.rows()}, {in.discounts(true), true, second.rows()}, pair_plan,
+      Workspace(pair_plan.workspace_bytes<float>()).data(), nullptr);
+  same("pair returns", out, near.pair_returns);
+  same("pair advantages", second, near.pair_advantages);
+  launch_td_lambda_loss<float>(
+      loss, nullptr, {nullptr, out.rows(), scale.data(), statistics.data()}, plan, scratch.data(), nullptr);
+  same("losses", out, near.loss);
+  launch_td_lambda_loss_backward<float>(
+      loss, nullptr, grad_losses.const_rows(), scale.data(), out.rows(), plan, scratch.data(), nullptr);
+  same("loss gradient", out, near.loss_gradient);
+  auto adjoint = scan;
+  adjoint.tokens = grad_returns.const_rows();
+  adjoint.rewards = {nullptr, 0};
+  launch_td_lambda_backward<float>(
+      adjoint, in.discounts(), out.rows(), terminal.data(), second.rows(), plan, scratch.data(), nullptr);
+  same("grad_values", out, near.grad_values);
+  same("grad_rewards", second, near.grad_rewards);
+}
+
 int test_all() {
   test_packed_segments();
+  test_far_rows();
   test_plans<float>();
   // The builds with sanitizers take long to compile. Out of order, sequences overlap and race for what they write.
   if constexpr (!CUDA_EMULATOR_TSAN) {
