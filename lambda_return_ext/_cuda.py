@@ -23,6 +23,8 @@ _OPERATORS = (
     "td_lambda_map",
     "td_lambda_loss",
     "td_lambda_loss_backward",
+    "categorical_value_loss",
+    "categorical_value_loss_backward",
 )
 available = False  # whether load() found kernels for this torch
 _stubs = torch.library.Library("lambda_return", "IMPL")

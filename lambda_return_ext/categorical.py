@@ -1,7 +1,6 @@
 """Value learning as classification: a head of K logits a token, trained by cross-entropy against lambda-targets.
 
-On the CPU this is one operator, fused with the scan that makes the targets. It has no CUDA kernel yet: on a device the
-targets come from the operators, and the classification is torch's own softmax, which torch.compile fuses.
+One operator, fused with the scan that makes the targets.
 
 Source: Farebrother et al., Stop Regressing (2024), arXiv:2403.03950, sections 3.1 and 3.2.
 """
@@ -12,10 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference
 from ._arguments import VALUE_DTYPES, check_choice, check_like, check_positive, check_tensor
 from ._registrations import REDUCTIONS, call
-from .functional import _check_scan, _Scan, check_normalizer
+from .functional import _check_scan, check_normalizer
 
 _ops = torch.ops.lambda_return
 
@@ -113,7 +111,7 @@ def compute_categorical_value_loss(
     with G of :func:`~lambda_return_ext.compute_lambda_return` on :func:`categorical_values`, held constant. q is, for
     ``hl_gauss``, a Gaussian around G cut into intervals; for ``two_hot``, the two neighbours of G in proportion.
 
-    Fused on the CPU: forward reads the logits once, and of each token that counts again the few where q is not 0;
+    Fused: forward reads the logits once, and of each token that counts again the few where q is not 0;
     backward reads them once and writes :math:`\mathrm{softmax}(x) - q`. What is kept for it besides the logits are two
     numbers a token. The logits of masked tokens are not read at all.
 
@@ -155,9 +153,6 @@ def compute_categorical_value_loss(
     scan = scan._replace(
         terminal_rewards=scan.terminal_rewards.detach(), rewards=None if rewards is None else rewards.detach()
     )
-    if logits.device.type != "cpu":
-        result, statistics = _unfused_loss(logits, scan, attention_mask, bins, reduction, normalizer)
-        return (result, statistics) if return_statistics else result
     result, _scale, statistics, _returns, _log_sums = call(
         _ops.categorical_value_loss.default,
         logits,
@@ -176,26 +171,3 @@ def compute_categorical_value_loss(
         how,
     )
     return (result, statistics) if return_statistics else result
-
-
-def _unfused_loss(
-    logits: Tensor,
-    scan: _Scan,
-    attention_mask: Tensor | None,
-    bins: Bins,
-    reduction: str,
-    normalizer: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """The same in torch operations, but for the scan: for devices without a kernel."""
-    x = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
-    values = categorical_values(x.detach(), bins)
-    targets = call(_ops.td_lambda.default, values, *scan[1:], False)
-    counts = torch.ones_like(values, dtype=torch.bool)
-    for weights in (scan.mask, attention_mask):
-        counts = counts if weights is None else counts & (weights != 0)
-    # What does not count is replaced first, so that a NaN there reaches no gradient.
-    logs = torch.where(counts[..., None], x, 0.0).log_softmax(-1)
-    q = bins.probabilities(torch.where(counts, targets, bins.low), x.shape[-1])
-    losses = torch.where(counts, -(q * logs).sum(-1), 0.0)
-    _losses, statistics = reference.token_losses(values, targets, counts)
-    return reference.reduce_losses(losses, counts, reduction, normalizer, scan.cu_seqlens), statistics

@@ -36,6 +36,8 @@ enum class Bug {
   kMaskIgnoredInVectorPath,
   kFlagsNotCleared,
   kLastBlockDoesNotAcquire,
+  kNoBarrierBeforeReturnsAreRead,
+  kWrongEdgeBetweenTurns,
   kCount,
 };
 #if defined(LAMBDA_RETURN_PLANT_BUGS)  // by that test alone: it picks the bug when it runs

@@ -43,7 +43,7 @@ std::tuple<Tensor, Tensor, Tensor> td_lambda_loss(
     const auto inputs = device_loss_inputs<value_t>(in);
     const ScanPlan plan = inputs.plan(1);
     const Tensor scratch = workspace(values, td_lambda_loss_workspace_bytes<value_t>(inputs, plan));
-    TdLambdaLossOutputs<acc_t> out{};
+    LossOutputs<acc_t> out{};
     if (reduces) {
       out.loss = static_cast<acc_t*>(loss.mutable_data_ptr());
     } else {

@@ -30,6 +30,46 @@ inline LossFamily family_of(LossKind kind) {
   return kind == LossKind::kBce || kind == LossKind::kBceLogits ? LossFamily::kCrossEntropy : LossFamily::kRegression;
 }
 
+// What the forward of a loss writes.
+template <class acc_t>
+struct LossOutputs {
+  acc_t* loss;         // 0-dim; null where there is no reduction
+  Rows<acc_t> losses;  // of each token, where there is no reduction, else null
+  acc_t* scale;        // [B]
+  double* statistics;  // [6]
+};
+
+// The same as a kernel needs it.
+template <class acc_t>
+struct LossSums {
+  TokenReduction<acc_t> reduction;
+  Rows<acc_t> losses;
+  bool whole_sequences;  // of a block, else a segment
+  int64_t segments;      // of one row, where they are not packed
+  int64_t segment_tokens;
+
+  // Bytes of workspace: what the scan needs, the sums of each block, a token count a sequence.
+  static int64_t workspace_bytes(int64_t B, const ScanPlan& plan) {
+    return scan_bytes(plan) + (plan.blocks * kSumFields + B) * int64_t(sizeof(double));
+  }
+  static LossSums of(
+      const Sequences& sequences, Reduction how, const acc_t* normalizer, const LossOutputs<acc_t>& out,
+      const ScanPlan& plan, void* workspace) {
+    auto* partials = reinterpret_cast<double*>(static_cast<char*>(workspace) + scan_bytes(plan));
+    auto* tokens = reinterpret_cast<int64_t*>(partials + plan.blocks * kSumFields);
+    return {
+        {how, sequences.B, normalizer, static_cast<unsigned*>(workspace), partials, tokens, out.loss, out.scale,
+         out.statistics},
+        sequences.rows(out.losses),
+        plan.kind != ScanPlan::kLongRows,
+        plan.segments,
+        plan.tiles * kThreads * kItems<acc_t>};
+  }
+
+ private:
+  static int64_t scan_bytes(const ScanPlan& plan) { return (plan.workspace_bytes<acc_t>() + 15) / 16 * 16; }
+};
+
 // The part that forward and backward share: both scan for G, and both know which tokens count.
 template <class scalar_type, LossFamily kFamily>
 struct TdLambdaLossScan : SequenceScan<scalar_type> {
@@ -122,20 +162,36 @@ struct TdLambdaLossScan : SequenceScan<scalar_type> {
   __device__ void finish_row(const Row&, acc_t) const {}
 };
 
+// What a scan over sequences does with the losses of their tokens.
+template <class Scan>
+struct LossScan : Scan {
+  using acc_t = typename Scan::acc_t;
+  using Row = typename Scan::Row;
+  static constexpr bool kReduces = true;
+
+  LossSums<acc_t> sums;
+
+  __device__ void start_block() const { sums.reduction.clear(); }
+  template <int kTeamWarps, class Output>
+  __device__ void finish_team(const Row& row, const Output&) const {
+    sums.reduction.template finish_sequence<kTeamWarps>(row.sequence);
+  }
+  template <class Output>
+  __device__ void finish_block(int64_t index, const Output&) const {
+    this->clear_outside(sums.losses);
+    sums.reduction.finish(index, sums.whole_sequences, [&](int64_t sequence) {
+      return this->sequences.packed() ? this->first_segment(sequence, sums.segment_tokens) : sequence * sums.segments;
+    });
+  }
+};
+
 template <class scalar_type, LossFamily kFamily>
-struct TdLambdaLossOp : TdLambdaLossScan<scalar_type, kFamily> {
+struct TdLambdaLossOp : LossScan<TdLambdaLossScan<scalar_type, kFamily>> {
   using Base = TdLambdaLossScan<scalar_type, kFamily>;
   using typename Base::acc_t;
   using typename Base::Items;
   using typename Base::Row;
-  static constexpr bool kReduces = true;
   static constexpr int N = Base::N;
-
-  TokenReduction<acc_t> reduction;
-  Rows<acc_t> losses;    // of each token, where there is no reduction, else null
-  bool whole_sequences;  // of a block, else a segment
-  int64_t segments;      // of one row, where they are not packed
-  int64_t segment_tokens;
 
   using Output = typename Base::Targets;
 
@@ -153,12 +209,12 @@ struct TdLambdaLossOp : TdLambdaLossScan<scalar_type, kFamily> {
         loss += of_tokens[i];
         clipped += counts && result.clipped ? 1 : 0;
       }
-      if (losses.data == nullptr) return;
-      store_items(this->at(losses, row), first + begin, this->row_chunking(row), of_tokens);
+      if (this->sums.losses.data == nullptr) return;
+      store_items(this->at(this->sums.losses, row), first + begin, this->row_chunking(row), of_tokens);
     });
-    reduction.add(kSequenceLoss, static_cast<double>(loss));
-    reduction.add(kSequenceTokens, __popc(items.counted));
-    reduction.add(kStatistics + 5, clipped);
+    this->sums.reduction.add(kSequenceLoss, static_cast<double>(loss));
+    this->sums.reduction.add(kSequenceTokens, __popc(items.counted));
+    this->sums.reduction.add(kStatistics + 5, clipped);
     add_moments(kStatistics + 1, items, [&](int i) { return output.targets[i]; });
     add_moments(kStatistics + 3, items, [&](int i) { return output.targets[i] - this->value(items, i); });
   }
@@ -172,19 +228,8 @@ struct TdLambdaLossOp : TdLambdaLossScan<scalar_type, kFamily> {
       sum += term;
       squares += term * term;
     }
-    reduction.add(field, static_cast<double>(sum));
-    reduction.add(field + 1, static_cast<double>(squares));
-  }
-  __device__ void start_block() const { reduction.clear(); }
-  template <int kTeamWarps>
-  __device__ void finish_team(const Row& row, const Output&) const {
-    reduction.template finish_sequence<kTeamWarps>(row.sequence);
-  }
-  __device__ void finish_block(int64_t index, const Output&) const {
-    this->clear_outside(losses);
-    reduction.finish(index, whole_sequences, [&](int64_t sequence) {
-      return this->sequences.packed() ? this->first_segment(sequence, segment_tokens) : sequence * segments;
-    });
+    this->sums.reduction.add(field, static_cast<double>(sum));
+    this->sums.reduction.add(field + 1, static_cast<double>(squares));
   }
 };
 
@@ -224,15 +269,6 @@ struct TdLambdaLossBackwardOp : TdLambdaLossScan<scalar_type, kFamily>, NoReduct
 
 // ---- launches ----
 
-// What the forward writes.
-template <class acc_t>
-struct TdLambdaLossOutputs {
-  acc_t* loss;         // 0-dim; null where there is no reduction
-  Rows<acc_t> losses;  // of each token, where there is no reduction, else null
-  acc_t* scale;        // [B]
-  double* statistics;  // [6]
-};
-
 template <class scalar_t, class Launch>
 void with_family(const TdLambdaLossInputs<scalar_t>& in, const Launch& launch) {
   if (family_of(in.token_loss.kind) == LossFamily::kCrossEntropy) {
@@ -242,35 +278,21 @@ void with_family(const TdLambdaLossInputs<scalar_t>& in, const Launch& launch) {
   }
 }
 
-// Bytes of workspace of the forward: what the scan needs, the sums of each block, a token count a sequence.
 template <class scalar_t>
 int64_t td_lambda_loss_workspace_bytes(const TdLambdaLossInputs<scalar_t>& in, const ScanPlan& plan) {
-  const int64_t scan_bytes = (plan.workspace_bytes<accumulate_t<scalar_t>>() + 15) / 16 * 16;
-  return scan_bytes + (plan.blocks * kSumFields + in.sequences.B) * int64_t(sizeof(double));
+  return LossSums<accumulate_t<scalar_t>>::workspace_bytes(in.sequences.B, plan);
 }
 
 // plan: in.plan(1) or any other that covers the rows. normalizer: 0-dim or null.
 template <class scalar_t>
 void launch_td_lambda_loss(
     const TdLambdaLossInputs<scalar_t>& in, const accumulate_t<scalar_t>* normalizer,
-    const TdLambdaLossOutputs<accumulate_t<scalar_t>>& out, const ScanPlan& plan, void* workspace,
-    cudaStream_t stream) {
-  using acc_t = accumulate_t<scalar_t>;
-  const int64_t scan_bytes = (plan.workspace_bytes<acc_t>() + 15) / 16 * 16;
-  auto* partials = reinterpret_cast<double*>(static_cast<char*>(workspace) + scan_bytes);
-  const TokenReduction<acc_t> reduction{in.reduction,  in.sequences.B,
-                                        normalizer,    static_cast<unsigned*>(workspace),
-                                        partials,      reinterpret_cast<int64_t*>(partials + plan.blocks * kSumFields),
-                                        out.loss,      out.scale,
-                                        out.statistics};
+    const LossOutputs<accumulate_t<scalar_t>>& out, const ScanPlan& plan, void* workspace, cudaStream_t stream) {
+  using Sums = LossSums<accumulate_t<scalar_t>>;
   const auto launch = [&]<LossFamily kFamily>() {
     const TdLambdaLossOp<scalar_t, kFamily> op{
-        {in, in.alignment().add_optional(out.losses)},
-        reduction,
-        in.sequences.rows(out.losses),
-        plan.kind != ScanPlan::kLongRows,
-        plan.segments,
-        plan.tiles * kThreads * kItems<scalar_t>};
+        {{in, in.alignment().add_optional(out.losses)},
+         Sums::of(in.sequences, in.reduction, normalizer, out, plan, workspace)}};
     launch_scan(op, plan, workspace, stream);
   };
   with_family(in, launch);

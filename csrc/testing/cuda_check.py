@@ -5,7 +5,8 @@
     python csrc/testing/cuda_check.py --write      # and update docs/cuda_resources.md
 
 Every kernel must compile without warnings, spills, stack frames and atomics on floats. A kernel for many rows must also
-reach half of the occupancy (general operators in float64: a quarter) and move its tokens by 16-byte accesses. Needs
+reach half of the occupancy (general operators in float64: a quarter) and move its tokens by 16-byte accesses, and so
+must those that read the logits of many tokens. Needs
 nvcc, nvdisasm, c++filt and the headers of an installed torch, which may be one for the CPU alone.
 """
 
@@ -68,6 +69,8 @@ SHARED_PER_ALLOCATION = 128
 SHARED_OF_SYSTEM = 1024  # bytes of shared memory that the driver takes from every block
 WARPS_PER_BLOCK = 8  # kThreads / 32, the same for every kernel
 MANY_ROW_KERNELS = ("scan_rows<", "masked_mse_kernel<", "masked_mse_backward_kernel<")
+# One token after another, each by a group of lanes.
+TOKEN_KERNELS = ("categorical_values_kernel<", "categorical_value_loss_backward_kernel<")
 MIN_OCCUPANCY = 0.5
 BYTES = {"half": 2, "bfloat16": 2, "float": 4, "double": 8}
 
@@ -376,7 +379,7 @@ def is_for_many_rows(kernel: str) -> bool:
 
 def min_occupancy(kernel: str) -> float:
     """What a kernel for many rows must reach. The general operators in float64 are for checking the others."""
-    return 0.25 if re.search(r"TdLambda\w*<double", kernel) else MIN_OCCUPANCY
+    return 0.25 if re.search(r"(TdLambda|Categorical)\w*<double", kernel) else MIN_OCCUPANCY
 
 
 def tokens_per_thread(kernel: str) -> int:
@@ -391,6 +394,8 @@ def wide_accesses_of_tile(kernel: str) -> int:
     if "Backward" in kernel or "backward" in kernel or "LambdaReturnOp" in kernel or "TdLambdaOp" in kernel:
         matrices.append(BYTES[types[0]])  # the output
     accumulated = 8 if types[0] == "double" else 4
+    if "CategoricalLoss" in kernel:
+        matrices = 3 * [accumulated]  # values, rewards and returns; the logits are no tile's
     if "TdLambda" in kernel:
         matrices.append(accumulated)  # rewards, or their gradient
     if "TdLambdaLoss" in kernel:
@@ -416,7 +421,7 @@ def violations(kernel: str, facts: Facts, arch: Architecture) -> Iterator[str]:
         yield f"has a stack frame of {facts.stack} bytes"
     if facts.float_atomics:
         yield f"adds floats in an order that may change: {' '.join(sorted(facts.float_atomics))}"
-    if not is_for_many_rows(kernel):
+    if not is_for_many_rows(kernel) and not kernel.startswith(TOKEN_KERNELS):
         return
     if occupancy(facts, arch) < min_occupancy(kernel):
         yield (
@@ -425,7 +430,7 @@ def violations(kernel: str, facts: Facts, arch: Architecture) -> Iterator[str]:
         )
     if max(facts.loads, default=0) < 128:
         yield "has no 128-bit global loads"
-    elif instructions_per_token(kernel, facts) is None:
+    elif is_for_many_rows(kernel) and instructions_per_token(kernel, facts) is None:
         needed = wide_accesses_of_tile(kernel)
         yield f"makes {facts.wide_accesses} 128-bit accesses in its tile loop, where its values need {needed}"
 

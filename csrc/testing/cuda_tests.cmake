@@ -113,6 +113,9 @@ if(cuda_headers)
   add_emulator_executables(td_lambda_test ${testing}/td_lambda_test.cpp)
   add_emulator_tests(cuda_td_lambda td_lambda_test)
 
+  add_emulator_executables(categorical_test ${testing}/categorical_test.cpp)
+  add_emulator_tests(cuda_categorical categorical_test)
+
   # The net is tested too; `cmake --build BUILD --target planted_bugs_page` writes the page that it is compared with.
   add_emulator_executables(planted_bugs_test ${testing}/planted_bugs_test.cpp)
   set(planted_bugs ${Python_EXECUTABLE} ${testing}/planted_bugs.py ${PROJECT_SOURCE_DIR}/docs/planted_bugs.md)

@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/categorical_value_loss.cuh"
 #include "cuda/eos_mask.cuh"
 #include "cuda/lambda_value_loss.cuh"
 #include "cuda/masked_mse.cuh"
@@ -96,9 +97,13 @@ py::object dispatch(const py::array& values, const Body& body) {
 }
 #define SCALAR(pointer) std::remove_pointer_t<decltype(pointer)>
 
-std::vector<std::max_align_t> workspace(int64_t bytes) {
-  std::vector<std::max_align_t> memory(static_cast<size_t>(bytes) / sizeof(std::max_align_t) + 1);
-  memset(memory.data(), 0xa5, memory.size() * sizeof(std::max_align_t));
+// Aligned as new_array.
+struct alignas(64) Line {
+  char bytes[64];
+};
+std::vector<Line> workspace(int64_t bytes) {
+  std::vector<Line> memory(static_cast<size_t>(bytes) / sizeof(Line) + 1);
+  memset(memory.data(), 0xa5, memory.size() * sizeof(Line));
   return memory;
 }
 
@@ -399,6 +404,92 @@ py::object td_lambda_loss_backward(
   });
 }
 
+// ---- values as classification: logits are [B, T, K], or [1, total, K] packed ----
+
+// A [B, T, K] array whose K logits are next to one another.
+template <class Element>
+LogitRows<const Element> logit_rows(const py::array& array) {
+  constexpr py::ssize_t kSize = sizeof(Element);
+  const Element* data = elements<Element>(array, 3);
+  require(array.strides(2) == kSize, "logits of a token must be contiguous");
+  require(array.strides(0) % kSize == 0 && array.strides(1) % kSize == 0, "tokens must be whole elements apart");
+  return {data, array.strides(0) / kSize, array.strides(1) / kSize};
+}
+
+struct BinOptions {
+  int kind;
+  double low, high, sigma;
+
+  template <class acc_t>
+  Bins<acc_t> bins(const py::array& logits) const {
+    return Bins<acc_t>::of(kind, logits.shape(2), low, high, sigma);
+  }
+};
+
+// Returns (loss, scale, statistics, returns, log_sums).
+py::object categorical_value_loss(
+    const py::array& logits, const py::array& terminal_rewards, const Optional& mask, const Optional& attention_mask,
+    const Optional& rewards, const Optional& cu_seqlens, const py::array& gamma, const py::array& lam,
+    std::optional<double> normalizer, int kind, double low, double high, double sigma, int reduction) {
+  return dispatch(logits, [&](auto* type) {
+    using scalar_t = SCALAR(type);
+    using acc_t = accumulate_t<scalar_t>;
+    const Shape shape{cu_seqlens, gamma, lam};
+    const CategoricalLossInputs<scalar_t> in{
+        shape.sequences(logits),
+        logit_rows<scalar_t>(logits),
+        BinOptions{kind, low, high, sigma}.bins<acc_t>(logits),
+        vector<acc_t>(terminal_rewards),
+        optional_rows<uint8_t>(mask),
+        optional_rows<uint8_t>(attention_mask),
+        optional_rows<acc_t>(rewards),
+        shape.discounts(),
+        static_cast<Reduction>(reduction)};
+    const ScanPlan plan = in.plan();
+    const bool reduces = in.reduction != Reduction::kNone;
+    const auto divisor = static_cast<acc_t>(normalizer.value_or(0));
+    py::array loss = reduces ? new_array<acc_t>({}) : new_like<acc_t>(logits);
+    py::array scale = new_array<acc_t>({in.sequences.B}), statistics = new_array<double>({TokenSums::kStatistics});
+    py::array returns = new_like<acc_t>(logits), log_sums = new_like<acc_t>(logits);
+    CategoricalLossOutputs<acc_t> out{};
+    if (reduces) {
+      out.loss = static_cast<acc_t*>(loss.mutable_data());
+    } else {
+      out.losses = output_rows<acc_t>(loss);
+    }
+    out.scale = static_cast<acc_t*>(scale.mutable_data());
+    out.statistics = static_cast<double*>(statistics.mutable_data());
+    out.returns = output_rows<acc_t>(returns);
+    out.log_sums = output_rows<acc_t>(log_sums);
+    launch_categorical_value_loss<scalar_t>(
+        in, normalizer ? &divisor : nullptr, out, plan,
+        workspace(categorical_value_loss_workspace_bytes<scalar_t>(in, plan)).data(), nullptr);
+    return py::make_tuple(loss, scale, statistics, returns, log_sums);
+  });
+}
+
+// grad_loss: 0-dim, or of each token. Returns the gradient of the logits.
+py::object categorical_value_loss_backward(
+    const py::array& grad_loss, const py::array& scale, const py::array& logits, const py::array& returns,
+    const py::array& log_sums, const Optional& cu_seqlens, int kind, double low, double high, double sigma,
+    int reduction) {
+  return dispatch(logits, [&](auto* type) {
+    using scalar_t = SCALAR(type);
+    using acc_t = accumulate_t<scalar_t>;
+    const bool reduces = grad_loss.ndim() == 0;
+    const py::ssize_t T = logits.shape(1), K = logits.shape(2);
+    py::array grad_logits = new_array<scalar_t>({logits.shape(0), T, K});
+    if (grad_logits.size() == 0) return grad_logits;
+    launch_categorical_value_loss_backward<scalar_t>(
+        {Shape{cu_seqlens, {}, {}}.sequences(logits), logit_rows<scalar_t>(logits),
+         BinOptions{kind, low, high, sigma}.bins<acc_t>(logits), rows<acc_t>(returns), rows<acc_t>(log_sums),
+         reduces ? vector<acc_t>(grad_loss) : nullptr, reduces ? Rows<const acc_t>{} : rows<acc_t>(grad_loss),
+         vector<acc_t>(scale), static_cast<Reduction>(reduction)},
+        {static_cast<scalar_t*>(grad_logits.mutable_data()), T * K, K}, nullptr);
+    return grad_logits;
+  });
+}
+
 // mask: uint8 [B, T].
 py::array eos_mask(const py::array& mask) {
   const Rows<const uint8_t> in = rows<uint8_t>(mask);
@@ -460,6 +551,8 @@ PYBIND11_MODULE(emulated_kernels, module) {
   module.def("td_lambda_backward", td_lambda_backward);
   module.def("td_lambda_loss", td_lambda_loss);
   module.def("td_lambda_loss_backward", td_lambda_loss_backward);
+  module.def("categorical_value_loss", categorical_value_loss);
+  module.def("categorical_value_loss_backward", categorical_value_loss_backward);
 }
 
 }  // namespace lambda_return::cuda::testing

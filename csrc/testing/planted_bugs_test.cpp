@@ -5,7 +5,7 @@
 //
 // planted_bugs.py runs it in every build and writes the table.
 #define LAMBDA_RETURN_PLANT_BUGS
-#include "cuda_kernel_cases.h"
+#include "categorical_cases.h"
 
 namespace lambda_return::cuda::testing {
 namespace {
@@ -23,6 +23,8 @@ constexpr const char* kBugNames[] = {
     "mask_ignored_in_vector_path",
     "flags_not_cleared",
     "last_block_does_not_acquire",
+    "no_barrier_before_returns_are_read",
+    "wrong_edge_between_turns",
 };
 static_assert(std::size(kBugNames) == static_cast<size_t>(Bug::kCount));
 
@@ -42,6 +44,8 @@ void run_cases() {
   Case segments{.B = 2, .T = 2 * tile + 1};
   segments.plan = plan_of_segments<float>(2, segments.T, 1);
   test_case<float>(segments, schedules);
+  if (failures != 0) return;
+  test_categorical<float>({.B = 2, .T = 301, .K = 11}, schedules);
 }
 
 int plant(const std::string& name) {

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import math
 import shutil
 import subprocess
 import sys
@@ -20,8 +21,9 @@ from torch import Tensor
 REPOSITORY = Path(__file__).parents[2]
 
 
-def build_emulated_kernels(folder: Path) -> None:
-    """Build the Python module into folder, or skip the test: a user's machine may lack what it takes."""
+def build_emulated_kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the Python module, once a session, and return its folder; skip where a machine lacks what it takes."""
+    folder = tmp_path_factory.getbasetemp() / "emulated_kernels"
     if not shutil.which("cmake") or importlib.util.find_spec("pybind11") is None or not (REPOSITORY / "csrc").is_dir():
         pytest.skip("the emulated CUDA kernels need the source tree, cmake and pybind11")
     configure = ["cmake", "-S", REPOSITORY, "-B", folder, f"-DPython_EXECUTABLE={sys.executable}"]
@@ -34,22 +36,23 @@ def build_emulated_kernels(folder: Path) -> None:
         ["cmake", "--build", str(folder), "--target", "emulated_kernels"], capture_output=True, text=True
     )
     assert built.returncode == 0, built.stdout + built.stderr
+    return folder
 
 
 # ---- arrays ------------------------------------------------------------------------------------------------------
 
 
 class Matrix(NamedTuple):
-    """A [B, T] matrix inside a flat array: pickling keeps where its rows start, which an array's own does not."""
+    """A [B, T] matrix, or [B, T, K], inside a flat array: pickling keeps where its rows start, an array's does not."""
 
     memory: np.ndarray
     offset: int
-    shape: tuple[int, int]
-    stride: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # in elements
 
     def array(self) -> np.ndarray:
-        item = self.memory.itemsize
-        return np.lib.stride_tricks.as_strided(self.memory[self.offset :], self.shape, (self.stride * item, item))
+        strides = [stride * self.memory.itemsize for stride in self.strides]
+        return np.lib.stride_tricks.as_strided(self.memory[self.offset :], self.shape, strides)
 
     def aligned(self) -> "Matrix":
         """Return it in memory that begins as torch's does, which where 16-byte accesses begin depends on."""
@@ -74,11 +77,13 @@ def to_torch(x: np.ndarray) -> Tensor:
 def laid_out(x: Tensor, offset: int = 0, gap: int = 0) -> Matrix:
     """Return x [B, T] with its first row `offset` elements after an aligned address and `gap` elements between rows.
 
-    Around the rows are NaN, or valid tokens.
+    Around the rows are NaN, or valid tokens. Of [B, T, K], the gaps are between tokens.
     """
-    B, T = x.shape
-    memory = np.full(offset + B * (T + gap) + 1, 0xFF, dtype=np.uint8).repeat(x.element_size())
-    matrix = Matrix(memory.view(to_numpy(x).dtype), offset, (B, T), T + gap)
+    *rows, length = x.shape
+    memory = np.full(offset + math.prod(rows) * (length + gap) + 1, 0xFF, dtype=np.uint8).repeat(x.element_size())
+    strides = [length + gap, 1]
+    strides = strides if len(rows) == 1 else [rows[1] * strides[0], *strides]
+    matrix = Matrix(memory.view(to_numpy(x).dtype), offset, tuple(x.shape), tuple(strides))
     matrix.array()[:] = to_numpy(x)
     return matrix
 

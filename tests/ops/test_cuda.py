@@ -267,6 +267,123 @@ def test_offsets_out_of_order_stay_inside(starts):
     torch.cuda.synchronize()
 
 
+# ---- values as classification ----
+
+
+def categorical_inputs(
+    lengths: tuple[int, ...], packed: bool, dtype: torch.dtype, device: str, K: int = 51, seed: int = 0
+) -> tuple[Tensor | None, ...]:
+    """Logits, in steps that every dtype has, and the members of General."""
+    general = general_inputs(lengths, packed, dtype, device, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randint(-48, 49, (*general.mask.shape, K), generator=generator) / 16
+    return logits.to(device, dtype), *general
+
+
+def categorical_outputs(inputs: tuple[Tensor | None, ...], kind: int = 0, reduction: int = 1) -> dict[str, Tensor]:
+    """Every output of the classification loss, and its gradient."""
+    logits, general = inputs[0], General(*inputs[1:])
+    options = (kind, -0.5, 1.5, 0.75, reduction)
+    scan = (general.terminal, general.mask, general.attention_mask, general.rewards, general.cu_seqlens)
+    discount = (general.gamma, general.lam)
+    names = ("loss", "scale", "statistics", "returns", "log_sums")
+    outputs = dict(zip(names, ops.categorical_value_loss(logits, *scan, *discount, None, *options), strict=True))
+    grad_loss = general.one.expand(outputs["loss"].shape)
+    saved = (outputs["scale"], logits, outputs["returns"], outputs["log_sums"], general.cu_seqlens)
+    outputs["gradient"] = ops.categorical_value_loss_backward(grad_loss, *saved, *options)
+    return outputs
+
+
+@pytest.mark.parametrize("shape", GENERAL_SHAPES)
+@pytest.mark.parametrize("K", [2, 21, 51, 64, 300])
+@pytest.mark.parametrize("dtype", VALUE_DTYPES, ids=str)
+def test_categorical_shapes(dtype, K, shape):
+    for turn, kind in enumerate((0, 1)):
+        reduction = (K + turn) % 4
+        exact = categorical_outputs(
+            categorical_inputs(*GENERAL_SHAPES[shape], torch.float64, "cpu", K), kind, reduction
+        )
+        found = categorical_outputs(categorical_inputs(*GENERAL_SHAPES[shape], dtype, "cuda", K), kind, reduction)
+        for name, actual in found.items():
+            assert actual.is_cuda
+            uncounted = exact[name].isinf()
+            assert torch.equal(actual.cpu().isinf(), uncounted), name
+            error = (actual.cpu().double() - exact[name])[~uncounted].abs()
+            largest = exact[name][~uncounted].abs().max().clamp(min=1e-6 if name == "gradient" else 1.0)
+            # The returns are in float32 whatever the logits are.
+            tolerance = TOLERANCE[dtype if name == "gradient" or dtype == torch.float64 else torch.float32]
+            assert (error <= tolerance * max(1, K / 16) * largest).all(), (name, error.max())
+
+
+@pytest.mark.parametrize("shape", ["rows", "long rows", "long packed"])
+def test_categorical_same_bits_from_run_to_run(shape):
+    inputs = categorical_inputs(*GENERAL_SHAPES[shape], torch.float32, "cuda")
+    first = categorical_outputs(inputs)
+    for _ in range(10):
+        assert all(torch.equal(x, first[name]) for name, x in categorical_outputs(inputs).items())
+
+
+@pytest.mark.parametrize("shape", ["rows", "long packed"])
+def test_categorical_nothing_at_a_masked_position_is_used(shape):
+    clean = categorical_inputs(*GENERAL_SHAPES[shape], torch.float32, "cuda")
+    logits = torch.where(General(*clean[1:]).mask[..., None] != 0, clean[0], float("nan"))
+    dirty = categorical_outputs((logits, *clean[1:]))
+    assert all(torch.equal(x, dirty[name]) for name, x in categorical_outputs(clean).items())
+
+
+def test_categorical_layouts():
+    inputs = categorical_inputs(*GENERAL_SHAPES["rows"], torch.bfloat16, "cuda")
+    expected, logits = categorical_outputs(inputs), inputs[0]
+    views = {
+        "shifted": torch.cat([logits[:, :1], logits], 1)[:, 1:],
+        "transposed": logits.transpose(0, 1).contiguous().transpose(0, 1),
+        "strided bins": torch.stack([logits, logits], -1)[..., 0],
+        "apart": torch.cat([logits, logits[..., :3]], -1)[..., :-3],
+    }
+    for layout, view in views.items():
+        for name, x in categorical_outputs((view, *inputs[1:])).items():
+            torch.testing.assert_close(x, expected[name], msg=f"{layout}: {name}", rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize(("lengths", "packed"), [((0, 0, 0), False), ((0, 0), True), ((), True)])
+@pytest.mark.parametrize("reduction", range(4))
+def test_categorical_empty(lengths, packed, reduction):
+    outputs = categorical_outputs(categorical_inputs(lengths, packed, torch.float32, "cuda"), 0, reduction)
+    assert outputs["returns"].numel() == outputs["gradient"].numel() == 0
+    assert (outputs["loss"] == 0).all()
+    assert (outputs["statistics"] == 0).all()
+
+
+@pytest.mark.parametrize("starts", [[9, 0, 9, 0], [0, 5000, 0, 5000], [-(2**62), 2**62, 3, -1]])
+def test_categorical_offsets_out_of_order_stay_inside(starts):
+    inputs = list(categorical_inputs((5000, 0, 0), True, torch.float32, "cuda", K=3))
+    inputs[-1] = torch.tensor(starts, device="cuda")
+    for reduction in range(4):
+        categorical_outputs(tuple(inputs), 0, reduction)
+    torch.cuda.synchronize()
+
+
+def test_categorical_opcheck():
+    inputs = categorical_inputs((3, 0, 4), True, torch.float32, "cuda", K=5)
+    logits, general = inputs[0], General(*inputs[1:])
+    scan = (general.terminal, general.mask, None, general.rewards, general.cu_seqlens, general.gamma, general.lam, None)
+    opcheck(ops.categorical_value_loss.default, (leaf(logits), *scan))
+    _loss, scale, _statistics, returns, log_sums = ops.categorical_value_loss(logits, *scan)
+    saved = (scale, logits, returns, log_sums, general.cu_seqlens)
+    opcheck(ops.categorical_value_loss_backward.default, (general.one, *saved))
+
+
+def test_categorical_is_two_kernels_forward_and_one_backward():
+    inputs = categorical_inputs(*GENERAL_SHAPES["rows"], torch.float32, "cuda")
+    categorical_outputs(inputs)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        categorical_outputs(inputs)
+        torch.cuda.synchronize()
+    events = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    assert sum("lambda_return::cuda" in name for name in events) == 3, events
+
+
 @pytest.mark.parametrize("mask_dtype", MASK_DTYPES, ids=str)
 def test_every_mask_dtype(mask_dtype):
     batch = make_batch("gaps", 3, 700, torch.float32)
@@ -351,7 +468,8 @@ def test_compile_whole_with_dynamic_shapes():
         assert torch.equal(values.grad, expected.grad)
 
 
-# Of inputs by seed: all outputs of the operators for equal rows, and of the general ones. Sequences differ in length.
+# Of inputs by seed: all outputs of the operators for equal rows, of the general ones and of the classification loss.
+# Sequences differ in length.
 WORK = {
     "rows": (lambda seed: on(make_batch("gaps", 32, 500, torch.float32, seed)), all_outputs),
     "long rows": (lambda seed: on(make_batch("gaps", 2, 50_000, torch.float32, seed)), all_outputs),
@@ -361,6 +479,10 @@ WORK = {
             (20_000 * seed, 7, 0, 60_000 - 20_000 * seed), True, torch.float32, "cuda", 1, seed
         ),
         general_outputs,
+    ),
+    "categorical": (
+        lambda seed: categorical_inputs((300,) * 5, False, torch.float32, "cuda", seed=seed),
+        categorical_outputs,
     ),
 }
 
@@ -426,11 +548,13 @@ def test_no_host_synchronisation():
     batch = on(make_batch("gaps", 8, 300, torch.float32))
     values = leaf(batch.values)
     inputs = general_inputs(*GENERAL_SHAPES["long packed"], torch.float32, "cuda")
+    logits = categorical_inputs(*GENERAL_SHAPES["long packed"], torch.float32, "cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
         lr.compute_lambda_value_loss(values, *batch[1:]).backward()
         lr.create_eos_only_mask(batch.loss_mask)
         general_outputs(inputs)
+        categorical_outputs(logits)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -517,6 +641,27 @@ def test_more_than_2_to_the_31_packed_tokens():
     returns = ops.td_lambda(values, terminal, mask, None, cu_seqlens, gamma, lam)
     assert torch.equal(returns[valid].float(), torch.stack((terminal / 2, terminal), dim=1))
     assert returns.count_nonzero() == 8
+
+
+def test_more_than_2_to_the_31_logits():
+    T, K = 2**31 // 64 + 1003, 64
+    skip_without_memory(2 * T * K * 2)
+    logits = torch.zeros(1, T, K, dtype=torch.bfloat16, device="cuda")
+    mask = torch.zeros(1, T, dtype=torch.bool, device="cuda")
+    valid = torch.tensor([0, T // 2, T - 1], device="cuda")
+    mask[:, valid], logits[:, valid, 0] = True, 4
+    one = torch.ones(1, device="cuda")
+    discount = torch.ones(2, 1, dtype=torch.float64, device="cuda")
+    arguments = (one, mask, None, None, None, *discount, None, 1, 0.0, 1.0, 0.75, 3)
+    loss, scale, _statistics, returns, log_sums = ops.categorical_value_loss(logits, *arguments)
+    one_token = torch.nn.functional.cross_entropy(logits[0, :1].double(), torch.tensor([K - 1], device="cuda"))
+    torch.testing.assert_close(loss[0, valid].double(), one_token.expand(3))
+    assert loss.count_nonzero() == 3
+    gradient = ops.categorical_value_loss_backward(
+        torch.ones_like(loss), scale, logits, returns, log_sums, None, 1, 0.0, 1.0, 0.75, 3
+    )
+    assert (gradient[0, valid, K - 1] < -0.9).all()
+    assert gradient.any(-1).nonzero()[:, 1].tolist() == valid.tolist()
 
 
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)

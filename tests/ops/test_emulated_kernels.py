@@ -41,9 +41,7 @@ LAYOUTS = {"dense": (0, 0, 0, 0), "shifted": (5, 5, 2, 2), "mask shifted": (0, 1
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("emulated_kernels")
-    build_emulated_kernels(folder)
-    kernels = EmulatedKernels(folder)
+    kernels = EmulatedKernels(build_emulated_kernels(tmp_path_factory))
     yield kernels
     kernels.close()
 

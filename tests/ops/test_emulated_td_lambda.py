@@ -24,9 +24,7 @@ DELTA, CLIP = 0.75, 0.25
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("emulated_kernels")
-    build_emulated_kernels(folder)
-    kernels = EmulatedKernels(folder)
+    kernels = EmulatedKernels(build_emulated_kernels(tmp_path_factory))
     yield kernels
     kernels.close()
 

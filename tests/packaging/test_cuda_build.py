@@ -156,7 +156,9 @@ def test_without_cuda_the_reason_is_said_and_force_cuda_is_an_error(
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch may have the CUDA kernels")
-@pytest.mark.parametrize("name", ["lambda_return", "lambda_value_loss_backward", "masked_mse", "eos_mask"])
+@pytest.mark.parametrize(
+    "name", ["lambda_return", "lambda_value_loss_backward", "masked_mse", "eos_mask", "categorical_value_loss"]
+)
 def test_an_operator_without_cuda_kernels_says_how_to_get_them(name):
     operator = getattr(torch.ops.lambda_return, name).default
     tensors = [torch.zeros(1, 1) for argument in operator._schema.arguments if not argument.has_default_value()]
@@ -257,6 +259,9 @@ def test_the_gate_computes_occupancy(cuda_check, registers, shared, by_architect
         ("scan_rows<LambdaReturnOp<float>, 8>", {"wide_accesses": 2}, "makes 2 128-bit accesses"),
         ("masked_mse_kernel<bfloat16, float>", {"wide_accesses": 3}, None),
         ("masked_mse_backward_kernel<bfloat16, float>", {"wide_accesses": 3}, "where its values need 4"),
+        ("scan_rows<CategoricalLossOp<bfloat16>, 1>", {"wide_accesses": 6}, None),
+        ("categorical_values_kernel<float>", {"wide_accesses": 0}, None),
+        ("categorical_values_kernel<float>", {"loads": {32}}, "no 128-bit global loads"),
     ],
 )
 def test_the_gate_names_violations(cuda_check, kernel, worse, violation):
