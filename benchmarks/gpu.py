@@ -23,11 +23,14 @@ from peers.loops import return_loop
 from torch import Tensor
 
 import lambda_return_ext as lr
+from lambda_return_ext.categorical import TARGETS, Bins, categorical_values
 
 ops = torch.ops.lambda_return
 LOOP = "return loop over T"
 SHAPES = [(512, 4096), (4096, 2048), (16384, 512), (16, 65536), (16, 131072), (16, 524288), (1, 8), (64, 512)]
 QUICK_SHAPES = [(512, 4096), (16, 131072), (1, 8)]
+# Of the classification loss, whose logits are K times as many.
+K, LOGIT_SHAPES, QUICK_LOGIT_SHAPES = 51, [(512, 4096), (4096, 512), (16, 65536), (16, 512)], [(64, 2048)]
 # The goals, on an H100: share of the measured copy bandwidth at the large shapes; milliseconds.
 GOAL_SHARE, GOAL_16x131072_MS, GOAL_CALL_US = 0.85, 0.015, 12.0
 
@@ -37,6 +40,8 @@ GOAL_SHARE, GOAL_16x131072_MS, GOAL_CALL_US = 0.85, 0.015, 12.0
 Answers = tuple[Tensor, ...]
 Contestant = Callable[[Tensor, Tensor, Tensor], Answers]
 RETURN, LOSS = "lambda_return", "lambda_value_loss forward + backward"
+CLASSIFICATION = "categorical_value_loss forward + backward"  # of logits [B, T, K] in place of values
+BINS = Bins()
 
 
 def ours(values: Tensor, rewards: Tensor, mask: Tensor) -> Answers:
@@ -70,10 +75,41 @@ def loss_of(scan: Callable[..., Tensor]) -> Contestant:
     return loss
 
 
+def classification_of_ours(one: Tensor) -> Contestant:
+    """The classification loss and its gradient by the operators."""
+    gamma, lam = (torch.tensor(x, dtype=torch.float64, device=one.device) for x in (GAMMA, LAM))
+    bins = (TARGETS.index(BINS.target), BINS.low, BINS.high, BINS.sigma)
+
+    def loss(logits: Tensor, rewards: Tensor, mask: Tensor) -> Answers:
+        scan = (rewards, mask, None, None, None, gamma, lam, None)
+        mean, scale, _statistics, *saved = ops.categorical_value_loss(logits, *scan, *bins)
+        return mean, ops.categorical_value_loss_backward(one, scale, logits, *saved, None, *bins)
+
+    return loss
+
+
+def classification_of(scan: Callable[..., Tensor]) -> Contestant:
+    """The same on top of a scan in plain torch, in closed form."""
+
+    def loss(logits: Tensor, rewards: Tensor, mask: Tensor) -> Answers:
+        x = logits.float()
+        q = BINS.probabilities(scan(categorical_values(x, BINS), rewards, mask), x.shape[-1])
+        count = mask.sum().clamp(min=1)
+        losses = torch.where(mask, -(q * x.log_softmax(-1)).sum(-1), 0.0)
+        gradient = torch.where(mask[..., None], (x.softmax(-1) - q) / count, 0.0)
+        return losses.sum() / count, gradient.to(logits.dtype)
+
+    return loss
+
+
+OURS = {RETURN: lambda _one: ours, LOSS: loss_of_ours, CLASSIFICATION: classification_of_ours}
+ON_TOP = {RETURN: return_of, LOSS: loss_of, CLASSIFICATION: classification_of}
+
+
 def contestants(work: str) -> Iterator[tuple[str, Contestant]]:
     """Everyone who does this work, ours first."""
-    yield work, ours if work == RETURN else loss_of_ours(torch.ones((), device="cuda"))
-    on_top = return_of if work == RETURN else loss_of
+    yield work, OURS[work](torch.ones((), device="cuda"))
+    on_top = ON_TOP[work]
     for name, scan in ((LOG2_DOUBLING, log2_doubling), (ASSOCIATIVE_SCAN, associative_scan)):
         yield name, torch.compile(on_top(scan), dynamic=False, fullgraph=True)
     yield LOOP, on_top(return_loop)
@@ -82,19 +118,19 @@ def contestants(work: str) -> Iterator[tuple[str, Contestant]]:
 def exact(work: str, batch: tuple[Tensor, Tensor, Tensor]) -> Answers:
     """What a contestant must give: the CPU operators in float64."""
     values, rewards, mask = (x.cpu() for x in batch)
-    values = values.double()
-    return ours(values, rewards, mask) if work == RETURN else loss_of_ours(torch.ones(()))(values, rewards, mask)
+    return OURS[work](torch.ones(()))(values.double(), rewards, mask)
 
 
 # ---- measuring ---------------------------------------------------------------------------------------------------
 
 
-def make_inputs(B: int, T: int, dtype: torch.dtype, copies: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Batches with gaps, prompts and padding, in `copies` different places in memory."""
+def make_inputs(shape: tuple[int, ...], dtype: torch.dtype, copies: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Batches with gaps, prompts and padding, in `copies` different places in memory: [B, T] values or logits."""
+    B, T = shape[:2]
     generator = torch.Generator("cuda").manual_seed(0)
     return [
         (
-            torch.rand(B, T, generator=generator, device="cuda").to(dtype),
+            torch.rand(shape, generator=generator, device="cuda").to(dtype),
             torch.randint(0, 2, (B,), generator=generator, device="cuda").float(),
             torch.rand(B, T, generator=generator, device="cuda") < 0.8,
         )
@@ -154,10 +190,12 @@ def check_all(name: str, answers: Answers, right: Answers) -> None:
 def measure(B: int, T: int, dtype: torch.dtype, work: str, quick: bool) -> list[dict]:
     """All contestants at one shape and dtype."""
     size = torch.finfo(dtype).bits // 8
-    bytes_a_token = 2 * size + 1 if work == RETURN else 3 * size + 2
+    # Of logits, see docs/performance.md, without those that are read again.
+    bytes_a_token = {RETURN: 2 * size + 1, LOSS: 3 * size + 2, CLASSIFICATION: 3 * K * size + 36}[work]
+    width = K if work == CLASSIFICATION else 1
     l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
-    copies = max(2, min(512, 2 * l2_bytes // (B * T * (size + 1)) + 1))
-    inputs = make_inputs(B, T, dtype, copies)
+    copies = max(2, min(512, 2 * l2_bytes // (B * T * (width * size + 1)) + 1))
+    inputs = make_inputs((B, T, K) if work == CLASSIFICATION else (B, T), dtype, copies)
     right = exact(work, inputs[0])
     repeats = 5 if quick else 30
     floor = copy_ms(B * T * bytes_a_token, copies, repeats)
@@ -193,7 +231,7 @@ def measure(B: int, T: int, dtype: torch.dtype, work: str, quick: bool) -> list[
 def goals(rows: list[dict]) -> Iterator[str]:
     """One line for each goal that applies to a result of ours, with the result beside it."""
     for row in rows:
-        if row["contestant"] != row["work"]:
+        if row["contestant"] != row["work"] or row["work"] == CLASSIFICATION:
             continue
         B, T, name = row["B"], row["T"], f"{row['work']} {row['B']} x {row['T']} {row['dtype']}"
         results = []
@@ -225,11 +263,13 @@ def main() -> None:
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
-        for B, T in QUICK_SHAPES if arguments.quick else SHAPES:
-            for work in (RETURN, LOSS):
-                print(f"{work}, {B} x {T} {dtype}")
-                rows += [{**row, **machine} for row in measure(B, T, dtype, work, arguments.quick)]
-                torch.cuda.empty_cache()
+        shapes = QUICK_SHAPES if arguments.quick else SHAPES
+        logit_shapes = QUICK_LOGIT_SHAPES if arguments.quick else LOGIT_SHAPES
+        works = [(shape, work) for shape in shapes for work in (RETURN, LOSS)]
+        for (B, T), work in [*works, *((shape, CLASSIFICATION) for shape in logit_shapes)]:
+            print(f"{work}, {B} x {T}{f' x {K}' if work == CLASSIFICATION else ''} {dtype}")
+            rows += [{**row, **machine} for row in measure(B, T, dtype, work, arguments.quick)]
+            torch.cuda.empty_cache()
     write_csv(arguments.output, rows)
     print("\nGoals, on an H100:", *goals(rows), sep="\n")
 
