@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lambda_return_ext import init_value_head_bias
+from experiments.block import TrainedBlock
 from lambda_return_ext.critic.config import Config
 from lambda_return_ext.critic.data import Collator, PairData, Solution, TokenPair, epoch_batches
 from lambda_return_ext.critic.losses import count_terms, value_loss
@@ -48,32 +48,6 @@ class Features(nn.Module):
         self.config = SimpleNamespace(hidden_size=hidden_size)
 
 
-class BlockHead(nn.Module):
-    """One causal transformer block over the features of the output tokens, and a linear layer.
-
-    Args:
-        hidden_size: of the features.
-        width: of the block.
-        bias_init: the first prediction, as that of the other heads.
-    """
-
-    def __init__(self, hidden_size: int, width: int, bias_init: float | None):
-        super().__init__()
-        self.into = nn.Linear(hidden_size, width)
-        self.block = nn.TransformerEncoderLayer(
-            width, 4, 2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-        )
-        self.last = nn.Linear(width, 1)
-        if bias_init is not None:
-            nn.init.zeros_(self.last.weight)
-            init_value_head_bias(self.last, bias_init)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Values [B, T, 1] of features [B, T, H]; padding is on the right, where the causal mask keeps it apart."""
-        mask = nn.Transformer.generate_square_subsequent_mask(features.shape[1])
-        return self.last(self.block(self.into(features), src_mask=mask, is_causal=True))
-
-
 def run_config(settings: Mapping[str, Any], contest: Contest, train_problems: int | None) -> Config:
     """The configuration that the trainer would be given for this run."""
     chosen = {key: value for key, value in settings["contestants"][contest.contestant].items() if key != "head"}
@@ -106,23 +80,36 @@ def run_config(settings: Mapping[str, Any], contest: Contest, train_problems: in
 
 
 def head_type(settings: Mapping[str, Any], contest: Contest) -> str:
-    """Of the heads that the package has; the block is put in its place."""
-    head = settings["contestants"][contest.contestant].get("head", "mlp")
-    return "mlp" if head == "block" else head
+    """Of the heads that the package has; a trained block goes below an MLP."""
+    return "linear" if settings["contestants"][contest.contestant].get("head") == "linear" else "mlp"
 
 
-def build(config: Config, hidden_size: int, block: bool) -> ValueModel:
-    """The model of a run, as the trainer initialises it."""
+def build(config: Config, hidden_size: int, base: Any = None) -> ValueModel:
+    """The model of a run, as the trainer initialises it; with a base model, its last block trains below the head."""
     bias = config.training.value_loss.lambda_return.bias_init
     torch.manual_seed(config.seed)
     model = ValueModel(Features(hidden_size), config.model.head, bias, backbone_frozen=True)
-    if block:
-        model.value_head = BlockHead(hidden_size, config.model.head.hidden_size, bias)
+    if base is not None:
+        model.value_head = TrainedBlock(base, model.value_head)
     return model
 
 
+def groups(config: Config, model: ValueModel, block_rate: float) -> list[dict[str, Any]]:
+    """The trainer's groups of parameters, with those of a trained block apart, at their own learning rate."""
+    found = parameter_groups(model, config.training, config.model.lora)
+    if not isinstance(model.value_head, TrainedBlock):
+        return found
+    block = set(model.value_head.block.parameters())
+    parts = []
+    for group in found:
+        for inside, rate in ((False, group["base_lr"]), (True, block_rate)):
+            chosen = [parameter for parameter in group["params"] if (parameter in block) is inside]
+            parts.append({**group, "params": chosen, "lr": rate, "base_lr": rate})
+    return [part for part in parts if part["params"]]
+
+
 def train(
-    config: Config, model: ValueModel, data: PairData, collate: Collator, checks: list[int]
+    config: Config, model: ValueModel, data: PairData, collate: Collator, checks: list[int], block_rate: float = 0.0
 ) -> tuple[list[dict[str, float]], list[float]]:
     """The steps of `lambda-critic train`, and nothing else of it; a test holds the two together.
 
@@ -132,7 +119,7 @@ def train(
     """
     training, steps = config.training, config.training.max_steps
     assert steps is not None
-    optimizer = torch.optim.AdamW(parameter_groups(model, training, config.model.lora))
+    optimizer = torch.optim.AdamW(groups(config, model, block_rate))
     lr_factor, lam = lr_schedule(training, steps), lam_schedule(training.value_loss, steps)
     torch.manual_seed(config.seed)
     lengths = [pair.length for pair in data.train]
@@ -198,13 +185,14 @@ def run(
     data: PairData,
     features: Mapping[Solution, Tensor],
     human_eval: list[TokenPair],
+    base: Any = None,
 ) -> dict[str, Any]:
-    """Train and measure one contestant."""
+    """Train and measure one contestant; with a base model, features are what its last block reads."""
     started = time.monotonic()
-    collate = Collator(0, features)
-    block = settings["contestants"][contest.contestant].get("head") == "block"
-    model = build(config, next(iter(features.values())).shape[1], block)
-    trace, elsewhere = train(config, model, data, collate, settings["run"]["checks"])
+    collate, chosen = Collator(0, features), settings["run"]
+    width = next(iter(features.values())).shape[1] if base is None else base.config.hidden_size
+    model = build(config, width, base)
+    trace, elsewhere = train(config, model, data, collate, chosen["checks"], chosen["block_learning_rate"])
     return {
         "data_set": contest.data_set,
         "regime": contest.regime,

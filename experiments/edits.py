@@ -75,14 +75,15 @@ def rename_local(tree: ast.Module, rng: random.Random) -> bool:
     return True
 
 
+def _swaps(node: ast.BinOp | ast.Compare) -> bool:
+    if isinstance(node, ast.BinOp):
+        return isinstance(node.op, (ast.Add, ast.Mult))
+    return len(node.ops) == 1 and type(node.ops[0]) in FLIPPED
+
+
 def swap_operands(tree: ast.Module, rng: random.Random) -> bool:
     """`a + b` as `b + a`, `a < b` as `b > a`."""
-    sites = []
-    for node in ast.walk(tree):
-        sums = isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Mult))
-        compares = isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in FLIPPED
-        if sums or compares:
-            sites.append(node)
+    sites = [node for node in ast.walk(tree) if isinstance(node, (ast.BinOp, ast.Compare)) and _swaps(node)]
     if not sites:
         return False
     node = rng.choice(sites)
@@ -164,7 +165,7 @@ def turn_condition(tree: ast.Module, rng: random.Random) -> bool:
         return False
     node = rng.choice(sites)
     node.test = ast.UnaryOp(ast.Not(), node.test)
-    node.body, node.orelse = node.orelse, node.body  # type: ignore[assignment]
+    node.body, node.orelse = node.orelse, node.body
     return True
 
 

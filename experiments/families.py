@@ -53,26 +53,14 @@ def _numbers(text: str) -> str:
     return str([part.strip() for part in text.split(",")])
 
 
-def _filter_steps(entry: Entry) -> str:
-    kept = list(entry["metadata"]["result"])
-    steps = []
-    for number in entry["metadata"]["original_numbers"]:
-        keeps = number in kept
-        if keeps:
-            kept.remove(number)
-        steps.append(f"{number} {'stays' if keeps else 'goes'}")
-    return ", ".join(steps)
+def _whole(numbers: list[str]) -> str:
+    """`['7.0', '31.0']` as `7, 31`."""
+    return ", ".join(str(int(float(number))) for number in numbers)
 
 
-def _filter_ask(entry: Entry) -> str:
-    task, _, _ = entry["question"].partition(" in this list")
-    return f"{task}: {', '.join(entry['metadata']['original_numbers'])}"
-
-
-def _bits_steps(entry: Entry) -> str:
-    number = entry["metadata"]["number"]
-    powers = [str(1 << bit) for bit in reversed(range(number.bit_length())) if number >> bit & 1]
-    return f"{number} = {' + '.join(powers)}"
+def _sorting_ask(entry: Entry) -> str:
+    order = {"ascending": "small to large", "descending": "large to small"}[entry["metadata"]["direction"]]
+    return f"Sort {_whole(entry['metadata']['original_numbers'])} from {order}"
 
 
 def _gcd_steps(entry: Entry) -> str:
@@ -93,15 +81,15 @@ FAMILIES: dict[str, Family] = {
         lambda entry: f'How often is "{entry["metadata"]["target_letter"]}" in: {" ".join(entry["metadata"]["span"])}',
         _letter_steps,
     ),
-    "number_filtering": Family(
-        _filter_ask,
-        _filter_steps,
-        lambda entry: ", ".join(entry["metadata"]["result"]) or "none",
-        lambda text: "[]" if text == "none" else _numbers(text),
+    "number_sorting": Family(
+        _sorting_ask,
+        lambda entry: f"we take {_whole(entry['metadata']['sorted_numbers']).replace(', ', ', then ')}",
+        lambda entry: _whole(entry["metadata"]["sorted_numbers"]),
+        _numbers,
     ),
-    "count_bits": Family(
-        lambda entry: f"How many 1 bits has {entry['metadata']['number']}",
-        _bits_steps,
+    "products": Family(
+        lambda entry: f"Compute {entry['metadata']['expression']}",
+        lambda entry: f"{entry['metadata']['expression']} = {entry['answer']}",
     ),
     "gcd": Family(
         lambda entry: f"Find the greatest common divisor of {entry['metadata']['numbers']}",

@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from experiments.block import BlockInputs
 from experiments.programs import human_eval_pairs, make_hard_pairs, read_records, take
 from experiments.rollouts import make_rollouts
+from experiments.settings import Settings
 from lambda_return_ext.critic.checkpoint import atomic_folder, atomic_path
 from lambda_return_ext.critic.codeio.build import write_jsonl
 from lambda_return_ext.critic.config import DataConfig, ModelConfig
@@ -22,7 +24,6 @@ from lambda_return_ext.critic.metrics import likelihood_baseline
 from lambda_return_ext.critic.model import Backbone, compute_features, forget_gguf, group_by_prompt
 
 DATA_SETS = ("rollouts", "mutants", "hard", "human_eval")
-Settings = Mapping[str, Any]
 
 
 def save_backbone(settings: Settings) -> Path:
@@ -30,7 +31,8 @@ def save_backbone(settings: Settings) -> Path:
     folder = Path(settings["folder"]) / "backbone"
     if not folder.exists():
         packaged = Backbone(settings["features"]["backbone"])
-        model, tokenizer = packaged.language_model(), packaged.tokenizer()
+        model: Any = packaged.language_model()
+        tokenizer = packaged.tokenizer()
         forget_gguf(model)
         with atomic_folder(folder) as temporary:
             model.save_pretrained(temporary)
@@ -76,7 +78,7 @@ def choose_pairs(
         (one, other) for one in right for other in wrong if len(ids[one]) // length_bin == len(ids[other]) // length_bin
     ]
     used: dict[str, int] = defaultdict(int)
-    chosen = []
+    chosen: list[tuple[str, str]] = []
     while left and len(chosen) < limit:
         pair = min(left, key=lambda pair: (used[pair[0]] + used[pair[1]], shared(pair), pair))
         left.remove(pair)
@@ -119,15 +121,23 @@ def all_pairs(settings: Settings, name: str) -> list[TokenPair]:
     return sorted(data.train + data.validation)
 
 
-def make_features(settings: Settings, name: str) -> None:
-    """Features of every solution of a data set."""
-    folder, pairs = Path(settings["folder"]), all_pairs(settings, name)
-    path = folder / f"{name}.safetensors"
-    if path.exists():
-        return
-    layers = settings["features"]["layers"]
+def base_model(settings: Settings) -> Any:
+    """The layers that features come from."""
+    layers, length = settings["features"]["layers"], settings["features"]["max_length"]
     backbone = Backbone(ModelConfig(backbone=str(save_backbone(settings)), layers=layers))
-    groups = group_by_prompt(pairs)
+    return backbone.base_model(layers, length).eval()
+
+
+def make_features(settings: Settings, name: str) -> None:
+    """Features of every solution of a data set, and what the last block reads where a contestant trains it."""
+    folder = Path(settings["folder"])
+    path, block_path = folder / f"{name}.safetensors", folder / f"{name}-block.safetensors"
+    for_block = any(
+        name in part["data_sets"] and trains_block(settings, part["contestants"]) for part in settings["plan"]
+    )
+    if path.exists() and (block_path.exists() or not for_block):
+        return
+    groups = group_by_prompt(all_pairs(settings, name))
     total, done = sum(group.tokens for group in groups), [0, 0]
 
     def advance(tokens: int) -> None:
@@ -136,17 +146,55 @@ def make_features(settings: Settings, name: str) -> None:
         if done[1] % 20 == 0:
             print(f"{name}: features of {done[0]:,} of {total:,} tokens", flush=True)
 
-    model = backbone.base_model(layers, settings["features"]["max_length"]).eval()
-    computed = compute_features(model, groups, advance)
-    rows = [computed[solution] for group in groups for solution in group.solutions]
+    model, seen = base_model(settings), []
+    model.layers[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    rows, prompts, outputs = [], {}, []
+    for group in groups:
+        computed = compute_features(model, [group], advance)
+        rows += [computed[solution] for solution in group.solutions]
+        prompt, continued = seen
+        seen.clear()
+        if for_block:
+            prompts[group.prompt_ids] = prompt[0].clone()
+            outputs += [
+                one[: len(solution.output_ids)].clone()
+                for one, solution in zip(continued, group.solutions, strict=True)
+            ]
+    if for_block:
+        tensors = {"prompts": torch.cat([*prompts.values()]), "outputs": torch.cat(outputs)}
+        with atomic_path(block_path) as temporary:
+            save_file(tensors, temporary)
     with atomic_path(path) as temporary:
         save_file({"features": torch.cat(rows)}, temporary)
 
 
+def trains_block(settings: Settings, contestants: list[str]) -> bool:
+    """Whether one of them trains the last block."""
+    return any(settings["contestants"][name].get("head") == "block" for name in contestants)
+
+
 def load_features(settings: Settings, name: str) -> dict[Solution, Tensor]:
     """What `make_features` wrote."""
-    solutions = [solution for group in group_by_prompt(all_pairs(settings, name)) for solution in group.solutions]
     rows = load_file(Path(settings["folder"]) / f"{name}.safetensors")["features"]
+    return split_rows(all_solutions(settings, name), rows)
+
+
+def load_block_inputs(settings: Settings, name: str) -> BlockInputs:
+    """What `make_features` wrote for the last block."""
+    tensors = load_file(Path(settings["folder"]) / f"{name}-block.safetensors")
+    solutions = all_solutions(settings, name)
+    prompts = list(dict.fromkeys(solution.prompt_ids for solution in solutions))
+    parts = tensors["prompts"].split([len(prompt) for prompt in prompts])
+    return BlockInputs(dict(zip(prompts, parts, strict=True)), split_rows(solutions, tensors["outputs"]))
+
+
+def all_solutions(settings: Settings, name: str) -> list[Solution]:
+    """Every solution of a data set, in the order of its features."""
+    return [solution for group in group_by_prompt(all_pairs(settings, name)) for solution in group.solutions]
+
+
+def split_rows(solutions: list[Solution], rows: Tensor) -> dict[Solution, Tensor]:
+    """The rows [total, H] by solution."""
     parts = rows.split([len(solution.output_ids) for solution in solutions])
     return dict(zip(solutions, parts, strict=True))
 

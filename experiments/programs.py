@@ -23,7 +23,7 @@ Record = dict[str, Any]
 
 def generators() -> dict[str, str]:
     """The input generator of each CodeI/O problem, by its prompt."""
-    found = {}
+    found: dict[str, str] = {}
     for row in read_rows(find_data()):
         try:
             problem = make_problem(row, 80, 420, 900)
@@ -77,7 +77,7 @@ def make_hard_pairs(records: Sequence[Record], settings: dict[str, Any], tokeniz
             ]
             if not all(sides):
                 return None
-            chosen, rejected = closest(*sides, length, rng)
+            chosen, rejected = closest(sides[0], sides[1], length, rng)
             if abs(length(chosen) - length(rejected)) > settings["length_difference"] or chosen == rejected:
                 return None
             return {

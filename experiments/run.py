@@ -3,47 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
+import functools
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from experiments import prepare
+from experiments.collect import collect, note_time
 from experiments.contest import Contest, run, run_config
 from experiments.report import write_report
+from experiments.settings import load_settings
 from lambda_return_ext.critic.checkpoint import write_json, write_text
 
-STAGES = ("rollouts", "programs", "features", "contests", "report")
+STAGES = ("backbone", "rollouts", "programs", "features", "contests", "facts", "report")
 SHARED = {"rollouts", "features", "contests"}  # the stages that several processes share
-SETTINGS = Path(__file__).with_name("settings.yaml")
-
-
-def load_settings(quick: bool) -> dict[str, Any]:
-    """The settings, for a quick run with what `quick` replaces."""
-    settings = yaml.safe_load(SETTINGS.read_text(encoding="utf-8"))
-    changes = settings.pop("quick")
-    if quick:
-        seeds, problems = changes.pop("seeds"), changes["rollouts"].pop("problems")
-        merge(settings, changes)
-        for part in settings["plan"]:
-            part["seeds"] = min(part["seeds"], seeds)
-        for family in settings["rollouts"]["families"].values():
-            family["problems"] = min(family["problems"], problems)
-    return settings
-
-
-def merge(settings: dict[str, Any], changes: Mapping[str, Any]) -> None:
-    """Put `changes` into `settings`, mapping by mapping."""
-    for key, value in changes.items():
-        if isinstance(value, Mapping) and isinstance(settings.get(key), dict):
-            merge(settings[key], value)
-        else:
-            settings[key] = value
 
 
 def contests(settings: Mapping[str, Any]) -> Iterator[Contest]:
@@ -56,43 +36,46 @@ def contests(settings: Mapping[str, Any]) -> Iterator[Contest]:
                         yield Contest(data_set, regime, contestant, seed)
 
 
-def run_contests(settings: Mapping[str, Any], part: int, parts: int) -> None:
-    """The runs that have no file yet; each process begins elsewhere, and passes over what another has finished."""
+def run_contests(settings: Mapping[str, Any]) -> None:
+    """The runs that have no file yet and that no other process is making."""
     folder = Path(settings["folder"]) / "runs"
     folder.mkdir(parents=True, exist_ok=True)
-    loaded: dict[str, dict[Any, torch.Tensor]] = {}
-
-    def features(name: str) -> dict[Any, torch.Tensor]:
-        if name not in loaded:
-            loaded[name] = prepare.load_features(settings, name)
-        return loaded[name]
-
-    order = list(contests(settings))
-    start = part * len(order) // parts
-    for contest in order[start:] + order[:start]:
-        path = folder / f"{contest.name}.json"
-        if path.exists():
-            continue
-        data_set = settings["data_sets"][contest.data_set]
-        train = data_set["regimes"][contest.regime]
-        config = run_config(settings, contest, train)
-        data = prepare.load_pairs(settings, contest.data_set, data_set["validation_problems"], train, contest.seed)
-        programs = contest.data_set != "rollouts"
-        known = features(contest.data_set)
-        elsewhere = prepare.all_pairs(settings, "human_eval") if programs else []
-        if programs:
-            known = {**known, **features("human_eval")}
-        result = run(settings, contest, config, data, known, elsewhere)
-        write_text(path, json.dumps(result) + "\n")
-        last = result["trace"][-1]["validation_pairwise_accuracy"]
-        print(f"{contest.name}: {last:.3f} in {result['seconds']} s", flush=True)
+    features = functools.cache(functools.partial(prepare.load_features, settings))
+    block_inputs = functools.cache(functools.partial(prepare.load_block_inputs, settings))
+    base_model = functools.cache(functools.partial(prepare.base_model, settings))
+    with (folder.parent / "runs.lock").open("w") as claims:  # one byte a run; what a killed process held is free again
+        for number, contest in enumerate(contests(settings)):
+            path = folder / f"{contest.name}.json"
+            try:
+                fcntl.lockf(claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
+            except OSError:
+                continue
+            if path.exists():
+                continue
+            data_set = settings["data_sets"][contest.data_set]
+            train = data_set["regimes"][contest.regime]
+            config = run_config(settings, contest, train)
+            data = prepare.load_pairs(settings, contest.data_set, data_set["validation_problems"], train, contest.seed)
+            programs = contest.data_set != "rollouts"
+            with_block = prepare.trains_block(settings, [contest.contestant])
+            known = (block_inputs if with_block else features)(contest.data_set)
+            elsewhere = prepare.all_pairs(settings, "human_eval") if programs else []
+            if programs:
+                known = {**known, **features("human_eval")}
+            base = base_model() if with_block else None
+            result = run(settings, contest, config, data, known, elsewhere, base)
+            write_text(path, json.dumps(result) + "\n")
+            last = result["trace"][-1]["validation_pairwise_accuracy"]
+            print(f"{contest.name}: {last:.3f} in {result['seconds']} s", flush=True)
 
 
 def do_stage(stage: str, settings: Mapping[str, Any], part: int, parts: int) -> None:
     """One stage, or this process's share of it."""
     folder = Path(settings["folder"])
     folder.mkdir(parents=True, exist_ok=True)
-    if stage == "rollouts":
+    if stage == "backbone":
+        prepare.save_backbone(settings)
+    elif stage == "rollouts":
         prepare.sample_rollouts(settings, part, parts)
     elif stage == "programs":
         prepare.pair_rollouts(settings)
@@ -101,12 +84,14 @@ def do_stage(stage: str, settings: Mapping[str, Any], part: int, parts: int) -> 
         for name in prepare.DATA_SETS[part::parts]:
             prepare.make_features(settings, name)
     elif stage == "contests":
-        run_contests(settings, part, parts)
-    else:
-        facts = Path(settings["folder"]) / "data.json"
+        run_contests(settings)
+    elif stage == "facts":
+        facts = folder / "data.json"
         if not facts.exists():
             sets = [prepare.describe_pairs(settings, name) for name in prepare.DATA_SETS]
             write_json(facts, {"sets": sets, "likelihood": prepare.likelihood(settings, "rollouts")})
+    else:
+        collect(settings)
         write_report(settings)
 
 
@@ -123,14 +108,15 @@ def main() -> None:
     if arguments.stage:
         do_stage(arguments.stage, settings, arguments.part, arguments.parts or 1)
         return
-    Path(settings["folder"]).mkdir(parents=True, exist_ok=True)
-    prepare.save_backbone(settings)
     for stage in STAGES:
-        parts = (arguments.parts or 2) if stage in SHARED else 1
+        parts, started = (arguments.parts or 2) if stage in SHARED else 1, time.monotonic()
         command = [sys.executable, "-m", "experiments.run", *["--quick"] * arguments.quick, "--stage", stage]
         running = [subprocess.Popen([*command, "--part", str(k), "--parts", str(parts)]) for k in range(parts)]
         if sum(process.wait() != 0 for process in running):  # waits for all
             raise SystemExit(f"the stage {stage!r} failed; the next `make experiment` goes on from there")
+        seconds = time.monotonic() - started
+        note_time(Path(settings["folder"]), stage, seconds, parts)
+        print(f"the stage {stage!r} took {seconds:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -39,14 +39,14 @@ class Rows:
             how = {"cache": cache, "use_cache": True, "logits_to_keep": 1}
             output = model(input_ids=torch.tensor([[*beginning, *ids]]), **how)
             logits.append(output.logits[0, -1])
-            for index, layer in enumerate(cache.layers):
+            layers: Any = cache.layers
+            for index, layer in enumerate(layers):
                 keys, values = layer.keys[0], layer.values[0]
                 if number == 0:
                     self.shared.append((keys[:, : len(beginning)].clone(), values[:, : len(beginning)].clone()))
                     heads, _, width = keys.shape
-                    self.own.append(
-                        tuple(keys.new_zeros(len(self.length), heads, size, width) for _ in range(2))  # type: ignore
-                    )
+                    empty = keys.new_zeros(len(self.length), heads, size, width)
+                    self.own.append((empty, empty.clone()))
                 rows = slice(number * samples, (number + 1) * samples)
                 for buffer, new in zip(self.own[index], (keys, values), strict=True):
                     buffer[rows, :, : len(ids)] = new[:, len(beginning) :]

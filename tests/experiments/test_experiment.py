@@ -4,6 +4,10 @@ import ast
 import copy
 import json
 import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +15,12 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from experiments import edits, prepare, report, run, stats
-from experiments.contest import Contest, build
+from experiments import collect, edits, prepare, report, run, stats
+from experiments.block import TrainedBlock
+from experiments.contest import Contest, build, groups, run_config
 from experiments.contest import train as train_contest
 from experiments.sampling import Rows, sample
+from experiments.settings import load_settings
 from lambda_return_ext.critic import trainer
 from lambda_return_ext.critic.config import Config
 from lambda_return_ext.critic.data import Collator, read_examples, select_pairs
@@ -81,6 +87,22 @@ def test_pairs_use_every_answer_and_part_ways_early():
 
 
 @pytest.fixture
+def prepared(tmp_path, tiny, monkeypatch):
+    """Settings of a tiny experiment on rollouts, with its pairs and features."""
+    settings = copy.deepcopy(load_settings(quick=True))
+    settings["folder"] = str(tmp_path / "experiment")
+    settings["features"] |= {"layers": 2, "max_length": 32}
+    settings["run"] |= {"steps": 17, "checks": [15, 17], "batch_size": 4, "hidden_size": 8}
+    settings["data_sets"] = {"rollouts": {"validation_problems": 5, "regimes": {"small": 8}}}
+    settings["plan"] = [{"data_sets": ["rollouts"], "contestants": ["mc", "lambda", "lambda_block"], "seeds": 1}]
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "rollouts.jsonl").write_text((tiny / "pairs.jsonl").read_text())
+    monkeypatch.setattr(prepare, "save_backbone", lambda _: tiny)
+    prepare.make_features(settings, "rollouts")
+    return settings
+
+
+@pytest.fixture
 def tiny(tmp_path):
     """A random two-layer Llama with a tokenizer of words, and pairs."""
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
@@ -122,7 +144,7 @@ def test_a_contest_takes_the_steps_of_the_trainer(tiny, loss):
     data = select_pairs(read_examples(config.data)[0], Backbone(str(tiny)).tokenizer(), config.data)
     backbone = Backbone(str(tiny)).base_model(None, 32).eval()
     features = compute_features(backbone, group_by_prompt(data.train + data.validation), lambda _: None)
-    trace, elsewhere = train_contest(config, build(config, 32, block=False), data, Collator(0, features), [7])
+    trace, elsewhere = train_contest(config, build(config, 32), data, Collator(0, features), [7])
     ours = trace[-1]
     assert elsewhere == ([0.0, 0.0] if loss == "use_lambda_return" else [])
     for name in ("pairwise_accuracy", "margin", "loss", "token_variance_right"):
@@ -156,7 +178,7 @@ def test_samples_end_before_the_end_token_and_within_the_room(tiny):
 
 def made_up_run(contest, gain):
     rng = random.Random(f"{contest}")
-    ranked = {f"p{i}": [int(rng.random() < 0.6 + gain), 1] for i in range(40)}
+    ranked = {f"sorting: p{i}": [int(rng.random() < 0.6 + gain), 1] for i in range(40)}
     names = ("pairwise_accuracy", "last_token_accuracy", "margin", "token_variance_right", "token_variance_wrong")
     row = {f"{part}_{name}": 0.7 for part in ("validation", "train") for name in names}
     keys = {"data_set": contest.data_set, "regime": contest.regime, "contestant": contest.contestant}
@@ -167,8 +189,8 @@ def made_up_run(contest, gain):
     return {**keys, **counts, **rest, "human_eval": {}}
 
 
-def test_the_page_says_what_the_runs_say(tmp_path):
-    settings = run.load_settings(quick=False)
+def test_the_page_says_what_the_runs_say(tmp_path, capsys):
+    settings = load_settings(quick=False)
     settings |= {"folder": str(tmp_path), "results": str(tmp_path / "results")}
     settings["report"] |= {"figures": str(tmp_path), "page": str(tmp_path / "page.md"), "resamples": 500}
     (tmp_path / "runs").mkdir()
@@ -176,32 +198,89 @@ def test_the_page_says_what_the_runs_say(tmp_path):
         for seed in range(3):
             made = made_up_run(Contest("rollouts", "small", name, seed), gain)
             (tmp_path / "runs" / f"{name}{seed}.json").write_text(json.dumps(made))
-    facts = {"sets": [{"data_set": "rollouts", "pairs": 80}], "likelihood": {"p": [1, 0]}}
+    facts = {"sets": [{"data_set": "rollouts", "pairs": 80}], "likelihood": {"sorting: p": [0.5]}}
     (tmp_path / "data.json").write_text(json.dumps(facts))
+    (tmp_path / "rollouts").mkdir()
+    for family, right in (
+        ("sorting", [True, False, None, True]),
+        ("counting", [False, False, True, None, *[False] * 6]),
+    ):
+        answered = [{"family": family, "right": right}, {"family": family, "right": [False] * 2}]
+        (tmp_path / "rollouts" / f"{family}.json").write_text(json.dumps(answered))
+    collect.note_time(tmp_path, "contests", 61.0, 2)
+    collect.note_time(tmp_path, "contests", 5.2, 2)
+    collect.collect(settings)
     report.write_report(settings)
+    said = capsys.readouterr().out
+    assert "counting: right 0.091 of judged and 0.083 of all answers, OUTSIDE the band" in said
+    assert "sorting: right 0.400 of judged and 0.333 of all answers\n" in said
     page = (tmp_path / "page.md").read_text(encoding="utf-8")
     assert "better than Monte-Carlo on rollouts (small), and worse nowhere" in page
     assert "| rollouts | 1 problems | likelihood per token | 0.500 |" in page
+    assert "| counting | 2 | 1 | 12 | 1 | 10 | 0.091 | 0.083 | OUTSIDE |" in page
+    assert "| contests | 66 | 2 | 2 |" in page
     assert (tmp_path / "results" / "summary.csv").read_text().count("\n") == 3
+    kept = {(run["contestant"], run["seed"]): run for run in collect.read_runs(settings)}
+    for path in (tmp_path / "runs").glob("*.json"):
+        made = json.loads(path.read_text())
+        assert kept[made["contestant"], made["seed"]]["validation"] == made["validation"]
     assert (tmp_path / "evidence_differences.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_finished_runs_are_skipped_and_the_others_made(tmp_path, tiny, monkeypatch):
-    (tmp_path / "experiment").mkdir()
-    settings = copy.deepcopy(run.load_settings(quick=True))
-    settings["folder"] = str(tmp_path / "experiment")
-    settings["features"] |= {"layers": 1, "max_length": 32}
-    settings["run"] |= {"steps": 17, "checks": [15, 17], "batch_size": 4, "hidden_size": 8}
-    settings["data_sets"] = {"rollouts": {"validation_problems": 5, "regimes": {"small": 8}}}
-    settings["plan"] = [{"data_sets": ["rollouts"], "contestants": ["mc", "lambda", "lambda_block"], "seeds": 1}]
-    (tmp_path / "experiment" / "rollouts.jsonl").write_text((tiny / "pairs.jsonl").read_text())
-    monkeypatch.setattr(prepare, "save_backbone", lambda _: tiny)
-    prepare.make_features(settings, "rollouts")
-    runs = tmp_path / "experiment" / "runs"
+def test_the_trained_block_begins_as_the_backbones_own_and_moves(prepared):
+    features = prepare.load_features(prepared, "rollouts")
+    inputs = prepare.load_block_inputs(prepared, "rollouts")
+    base = prepare.base_model(prepared)
+    block = TrainedBlock(base, torch.nn.Identity())
+    solutions = list(features)[:6]
+    # Prompts and solutions of other lengths: what is padded must not be seen.
+    short = solutions[0]._replace(output_ids=solutions[0].output_ids[:-5])
+    known = {**{one: inputs[one] for one in solutions}, short: inputs[solutions[0]][:-5]}
+    batch = Collator(0, known).collate([*solutions, short], torch.zeros(7))
+    found, valid = block.features(batch.inputs[..., :-1], batch.inputs[..., -1] > 0)
+    for row, valid_row, one in zip(found, valid, [*solutions, short], strict=True):
+        expected = features[solutions[0] if one is short else one][: len(one.output_ids)]
+        torch.testing.assert_close(row[valid_row], expected, rtol=1e-4, atol=1e-5)
+    contest = Contest("rollouts", "small", "lambda_block", 0)
+    config = run_config(prepared, contest, 8)
+    model = build(config, base.config.hidden_size, base)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    rates = {names[id(p)]: group["lr"] for group in groups(config, model, 1e-4) for p in group["params"]}
+    assert {name for name, rate in rates.items() if rate == 1e-4} == {n for n in rates if ".block." in n}
+    assert {rate for name, rate in rates.items() if ".head." in name} == {1e-3}
+    before = copy.deepcopy(model.state_dict())
+    data = prepare.load_pairs(prepared, "rollouts", 5, 8, 0)
+    train_contest(config, model, data, Collator(0, inputs), [], 1e-4)
+    still = {name for name, tensor in model.state_dict().items() if torch.equal(tensor, before[name])}
+    assert {name for name in still if "rotary" not in name} == set()
+
+
+def test_finished_runs_are_skipped_and_the_others_made(prepared):
+    runs = Path(prepared["folder"]) / "runs"
     runs.mkdir(parents=True)
     (runs / "rollouts-small-mc-0.json").write_text("finished")
-    run.run_contests(settings, 0, 1)
+    run.run_contests(prepared)
     assert (runs / "rollouts-small-mc-0.json").read_text() == "finished"
     made = [json.loads((runs / f"rollouts-small-{name}-0.json").read_text()) for name in ("lambda", "lambda_block")]
     assert [len(each["validation"]) for each in made] == [5, 5]
     assert [each["warmup_gradient_elsewhere"] for each in made] == [0.0, 0.0]
+
+
+def test_the_committed_page_follows_from_the_committed_results_alone(tmp_path):
+    root = Path(report.__file__).parents[1]
+    shutil.copytree(root / "experiments", tmp_path / "experiments", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "docs").mkdir()
+    raw = ("runs", "checks", "problems", "ranked", "data_sets", "likelihood", "pass_rates", "times")
+    kept = {path.name for path in (tmp_path / "experiments" / "results").glob("*.csv")}
+    for name in kept - {f"{each}.csv" for each in raw}:
+        (tmp_path / "experiments" / "results" / name).unlink()
+    subprocess.run([sys.executable, "-m", "experiments.report"], cwd=tmp_path, check=True)
+    for name in kept:
+        made, committed = (folder / "experiments" / "results" / name for folder in (tmp_path, root))
+        assert made.read_bytes() == committed.read_bytes(), name
+    page = "docs/evidence.md"
+    assert (tmp_path / page).read_text(encoding="utf-8") == (root / page).read_text(encoding="utf-8")
+    assert sorted(path.name for path in (tmp_path / "docs" / "figures").iterdir()) == [
+        "evidence_curves.png",
+        "evidence_differences.png",
+    ]
