@@ -102,10 +102,6 @@ def _register_autograd(
     _transformable[operator] = function(forward=forward, setup_context=setup, backward=plain_backward, vmap=vmap)
 
 
-def _is_plain_call() -> bool:
-    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
-
-
 def _needs_gradient(args: tuple) -> bool:
     for x in args:  # noqa: SIM110  (any() of a generator takes three times as long)
         if isinstance(x, Tensor) and x.requires_grad:
@@ -134,9 +130,12 @@ def call(operator: Any, *args: Any) -> Any:
 
 def call_loss(operator: Any, *args: Any) -> Tensor:
     """Call an operator for its first output alone, which leaves autograd less to do."""
-    if _is_plain_call() and torch.is_grad_enabled() and _needs_gradient(args):
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return call(operator, *args)[0]
+    if torch.is_grad_enabled() and _needs_gradient(args):
         return _losses[operator].apply(*args)
-    return call(operator, *args)[0]
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*args)[0]
 
 
 # ---- torch.vmap ----------------------------------------------------------------------------------------------------
