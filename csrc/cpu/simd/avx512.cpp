@@ -3,7 +3,9 @@
 
 #if defined(__x86_64__)
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of the placeholders in its own intrinsics
+// GCC 12 warns of the placeholders in its own intrinsics.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #define LAMBDA_RETURN_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
 #define LAMBDA_RETURN_LANES 16
