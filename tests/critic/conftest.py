@@ -3,6 +3,7 @@
 import json
 import random
 import resource
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -107,16 +108,17 @@ def run_dir(tmp_path):
     return tmp_path / "run"
 
 
-@pytest.fixture
-def file_size_limit():
-    """Make the system refuse to write beyond a size, as a full disk would; undone at the end or by None."""
+@contextmanager
+def disk_that_fills():
+    """Yield what makes the system refuse to write beyond a size, as a full disk would, until the context ends.
+
+    The limit is the whole process's, so the context must end before pytest reports: its own output may be a file.
+    """
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def limit(size):
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits if size is None else (size, limits[1]))
-
-    yield limit
-    limit(None)
+    try:
+        yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def records_of(run_dir):

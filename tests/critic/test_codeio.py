@@ -15,6 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from conftest import disk_that_fills
 
 from lambda_return_ext.critic import codeio
 from lambda_return_ext.critic.codeio.build import Options, Outcome, build_pairs, make_pairs, write_jsonl
@@ -505,12 +506,13 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
     assert output.read_text() == "before"
 
 
-def test_a_full_disk_is_one_sentence(monkeypatch, tmp_path, file_size_limit):
+def test_a_full_disk_is_one_sentence(monkeypatch, tmp_path, capsys):
     install_data(monkeypatch, tmp_path, [row()])
     output = tmp_path / "out" / "pairs.jsonl"
-    file_size_limit(1000)  # less than the pairs, more than what is printed before
-    with pytest.raises(UserError, match=r"--output must be a file that can be written, got .*File too large"):
-        codeio.run(parse("--output", output))
+    with disk_that_fills() as leave_room:
+        leave_room(1000)  # less than the pairs take
+        with pytest.raises(UserError, match=r"--output must be a file that can be written, got .*File too large"):
+            codeio.run(parse("--output", output))
     assert not [*output.parent.iterdir()]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import content, records_of, save_backbone, steps_of, without_timing
+from conftest import content, disk_that_fills, records_of, save_backbone, steps_of, without_timing
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lambda_return_ext.critic import checkpoint, trainer
@@ -164,18 +164,19 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
 
 @pytest.mark.parametrize("room", [50_000, 2_500], ids=["for the logs but no checkpoint", "not even for the logs"])
 def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_is_intact(
-    train, run_dir, at_step, file_size_limit, monkeypatch, capsys, room
+    train, run_dir, at_step, monkeypatch, capsys, room
 ):
     settings = ["model.head.hidden_size=512"]
     assert train(*settings, f"run_dir={run_dir}-whole") == 0
 
-    def fill_disk(loss):
-        file_size_limit(room)
-        return loss
+    with disk_that_fills() as leave_room:
 
-    at_step(6, fill_disk)
-    assert train(*settings) == 2
-    file_size_limit(None)
+        def fill_disk(loss):
+            leave_room(room)
+            return loss
+
+        at_step(6, fill_disk)
+        assert train(*settings) == 2
     monkeypatch.undo()
     kept = run_dir / "checkpoints/step-00000005.safetensors"
     error = capsys.readouterr().err
@@ -188,17 +189,17 @@ def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_is_intact(
     assert without_timing(run_dir) == without_timing(Path(f"{run_dir}-whole"))
 
 
-def test_a_disk_that_is_full_at_the_end_costs_the_report_alone(train, run_dir, file_size_limit, monkeypatch, capsys):
+def test_a_disk_that_is_full_at_the_end_costs_the_report_alone(train, run_dir, monkeypatch, capsys):
     real = trainer.finish
+    with disk_that_fills() as leave_room:
 
-    def fill_disk(*arguments):
-        results = real(*arguments)
-        file_size_limit(500)
-        return results
+        def fill_disk(*arguments):
+            results = real(*arguments)
+            leave_room(500)
+            return results
 
-    monkeypatch.setattr(trainer, "finish", fill_disk)
-    assert train() == 2
-    file_size_limit(None)
+        monkeypatch.setattr(trainer, "finish", fill_disk)
+        assert train() == 2
     error = capsys.readouterr().err
     assert f"run_dir = {run_dir} must be writable and have room, got: " in error
     assert f"{run_dir / 'checkpoints/step-00000018.safetensors'} is intact" in error
