@@ -36,6 +36,7 @@ INSPECT = "inspect.html"  # written when asked for; a new run leaves it alone
 
 # What may differ when a run goes on: it changes no number but for rounding.
 MAY_CHANGE = (
+    "run_dir",  # the same folder, spelt differently or moved
     "training.save_every",
     "training.save_total_limit",
     "training.nonfinite",
@@ -281,6 +282,18 @@ def _of_all_ranks(state: Tensor, ranks: Ranks) -> Tensor:
     table = state.new_zeros(ranks.size, len(state))
     table[ranks.rank] = state
     return ranks.sum(table)
+
+
+def load_best(run_dir: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and state of a run's best checkpoint.
+
+    Raises:
+        UserError: the run has none yet, or it is damaged.
+    """
+    path = run_dir / BEST
+    if not path.exists():
+        raise UserError(f"RUN must have had a validation, which saves its {BEST}, got {str(run_dir)!r} without one")
+    return load_tensors(path)
 
 
 def load_checkpoint(path: Path, model: ValueModel, optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict[str, Any]:

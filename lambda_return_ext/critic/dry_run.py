@@ -10,6 +10,7 @@ from torch import nn
 
 from lambda_return_ext.critic import checkpoint
 from lambda_return_ext.critic.config import Config
+from lambda_return_ext.critic.distributed import Ranks, choose_device
 from lambda_return_ext.critic.report import Display, print_data
 from lambda_return_ext.critic.task import Task, prepare
 from lambda_return_ext.critic.trackers import check_trackers
@@ -38,7 +39,7 @@ def dry_run(config: Config, ranks: int, resume: bool = False, overwrite: bool = 
     """
     checkpoint.check_run_dir(config, resume, overwrite)
     check_trackers(config)
-    task, display = prepare(config), Display()
+    task, display = prepare(config, Ranks(0, ranks, choose_device(config.device))), Display()
     display.line(config.to_yaml().rstrip())
     print_data(display, task.summary())
     memory = memory_per_rank(task, ranks)

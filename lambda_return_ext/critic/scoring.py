@@ -120,7 +120,7 @@ def load_critic(run: str) -> Critic:
     """The model of a run's best checkpoint.
 
     Raises:
-        UserError: the folder holds no run.
+        UserError: the folder holds no run, or one without a validation.
     """
     config = load_config(checkpoint.config_path(Path(run)))
     if config.threads is not None:
@@ -128,7 +128,7 @@ def load_critic(run: str) -> Critic:
     device, backbone = choose_device(config.device), Backbone(config.model)
     model = build_model(backbone, config.data.max_length, None)
     model.autocast_dtype = torch.bfloat16 if config.training.precision == "bfloat16" else None
-    checkpoint.load_model(model, checkpoint.load_tensors(Path(run) / checkpoint.BEST)[0])
+    checkpoint.load_model(model, checkpoint.load_best(Path(run))[0])
     return Critic(config, model.to(device).eval(), backbone.tokenizer(), device)
 
 

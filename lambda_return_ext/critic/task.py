@@ -115,11 +115,11 @@ def load_run(run: str) -> tuple[Task, dict[str, Any]]:
     """A run with its data and the model of its best checkpoint, and that checkpoint's step and metrics.
 
     Raises:
-        UserError: the folder holds no run, or its data has changed since.
+        UserError: the folder holds no run, or one without a validation, or its data has changed since.
     """
     run_dir = Path(run)
     task = prepare(load_config(checkpoint.config_path(run_dir)))
     checkpoint.check_same_data(run_dir, task.summary())
-    tensors, state = checkpoint.load_tensors(run_dir / checkpoint.BEST)
+    tensors, state = checkpoint.load_best(run_dir)
     checkpoint.load_model(task.model, tensors)
     return task, state

@@ -220,7 +220,7 @@ def is_stale(progress: dict[str, Any], config: TrainingConfig) -> bool:
 def report(task: Task, progress: dict[str, Any], display: Display) -> dict[str, Any]:
     """Write and show the results of a run that is done."""
     run_dir = Path(task.config.run_dir)
-    _, best = checkpoint.load_tensors(run_dir / checkpoint.BEST)
+    _, best = checkpoint.load_best(run_dir)
     records = [record for record in read_metrics(run_dir) if "validation/pairwise_accuracy" in record]
     last = {"step": progress["step"], "metrics": {name: value for name, value in records[-1].items() if name != "step"}}
     results = finish(task, run_dir, {"best": best, "last": last}, display)

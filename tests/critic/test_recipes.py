@@ -179,6 +179,8 @@ def test_a_dry_run_shows_all_and_writes_nothing(train, tmp_path, capsys):
     assert train("--dry-run", "model.backbone=missing") == 2
     assert train("--dry-run", "--ranks", "0") == 2
     assert "--ranks must be at least 1, got 0" in capsys.readouterr().err
+    assert train("--dry-run", "--ranks", "2", "training.compile=true") == 2
+    assert "training.compile must be false under torchrun, got true with 2 processes" in capsys.readouterr().err
 
 
 def test_the_counted_memory_is_what_a_run_holds(train, run_dir, config_file):

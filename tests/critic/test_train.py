@@ -284,6 +284,26 @@ def test_a_folder_that_is_no_run_is_left_alone(train, run_dir, capsys, flag):
     assert content(run_dir) == before
 
 
+def test_a_run_goes_on_where_its_folder_was_moved_to(train, run_dir, capsys):
+    assert train("training.max_steps=4") == 0
+    moved = run_dir.rename(run_dir.with_name("moved"))
+    assert train("training.max_steps=4", f"run_dir={moved.parent}/./moved", "--resume") == 0
+    assert "resumed after step 4" in capsys.readouterr().out
+
+
+def test_a_run_without_a_validation_is_said_to_have_none(train, run_dir, write_pairs, capsys):
+    assert train("training.max_steps=4") == 0
+    (run_dir / "best.safetensors").unlink()
+    capsys.readouterr()
+    scored = write_pairs(make_records(2), "some.jsonl")
+    score = ["score", str(scored), "--output", str(scored.with_name("scores.jsonl")), "--run"]
+    for command in (["evaluate"], ["inspect"], score):
+        assert main([*command, str(run_dir)]) == 2
+        assert f"RUN must have had a validation, which saves its best.safetensors, got '{run_dir}'" in (
+            capsys.readouterr().err
+        )
+
+
 def test_resume_refuses_another_configuration_or_other_data(train, run_dir, config_file, capsys):
     assert train("training.max_steps=4") == 0
     before = content(run_dir)
