@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import reference
 from ._arguments import VALUE_DTYPES, check_choice, check_like, check_positive, check_tensor
 from ._registrations import REDUCTIONS, call
-from .functional import _check_scan, check_normalizer
+from .functional import _check_scan, _Scan, check_normalizer
 
 _ops = torch.ops.lambda_return
 
@@ -85,7 +86,7 @@ def categorical_values(logits: Tensor, bins: Bins | None = None) -> Tensor:
     bins.check()
     check_tensor("logits", logits)
     x = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
-    return x.softmax(-1) @ bins.centers(x.shape[-1], x)
+    return (x.softmax(-1) * bins.centers(x.shape[-1], x)).sum(-1)  # a matrix product would be rounded by autocast
 
 
 def compute_categorical_value_loss(
@@ -102,6 +103,7 @@ def compute_categorical_value_loss(
     cu_seqlens: Tensor | None = None,
     reduction: str = "token_mean",
     normalizer: Tensor | None = None,
+    detach_targets: bool = True,
     return_statistics: bool = False,
 ) -> Any:
     r"""Cross-entropy of a head of K logits against the TD(lambda) targets of the values it says.
@@ -130,6 +132,7 @@ def compute_categorical_value_loss(
         cu_seqlens: [B + 1], int32 or int64: packed sequences.
         reduction: ``token_mean``, ``sequence_mean``, ``sum`` or ``none``.
         normalizer: 0-dim; takes the place of the number of tokens, or of sequences.
+        detach_targets: False lets the gradient flow through G too, to any order, by unfused torch operations.
         return_statistics: also return the sums from which :func:`~lambda_return_ext.explained_variance` is computed.
 
     Returns:
@@ -150,6 +153,9 @@ def compute_categorical_value_loss(
     if attention_mask is not None or cu_seqlens is None:
         check_like("attention_mask", attention_mask, unseen)
     normalizer = check_normalizer(normalizer, reduction, unseen)
+    if not detach_targets:
+        result, statistics = _unfused(logits, scan, attention_mask, bins, reduction, normalizer)
+        return (result, statistics) if return_statistics else result
     scan = scan._replace(
         terminal_rewards=scan.terminal_rewards.detach(), rewards=None if rewards is None else rewards.detach()
     )
@@ -171,3 +177,22 @@ def compute_categorical_value_loss(
         how,
     )
     return (result, statistics) if return_statistics else result
+
+
+def _unfused(
+    logits: Tensor, scan: _Scan, attention_mask: Tensor | None, bins: Bins, reduction: str, normalizer: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the loss and its statistics by torch's operations, with the gradient that flows through the targets."""
+    x = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    counts = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
+    if scan.mask is not None:  # a NaN at a masked position would survive the derivative of the softmax
+        counts = scan.mask != 0
+        x = torch.where(counts[..., None], x, 0.0)
+    if attention_mask is not None:
+        counts = counts & (attention_mask != 0)
+    values = categorical_values(x, bins)
+    targets = call(_ops.td_lambda.default, values, *scan[1:], False)
+    losses = -(bins.probabilities(targets, x.shape[-1]) * x.log_softmax(-1)).sum(-1)
+    _squares, statistics = reference.token_losses(values, targets, counts)
+    losses = torch.where(counts, losses, 0.0)
+    return reference.reduce_losses(losses, counts, reduction, normalizer, scan.cu_seqlens), statistics

@@ -314,6 +314,44 @@ def test_autocast_leaves_it_in_float32():
     assert loss.dtype == torch.float32
 
 
+def test_autocast_rounds_no_value():
+    logits = torch.randn(4, 51, generator=rng())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        values = categorical_values(logits)
+    assert values.dtype == torch.float32
+    torch.testing.assert_close(values, categorical_values(logits.double()).float())
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean", "sum", "none"])
+@pytest.mark.parametrize("bins", BINS, ids=str)
+@pytest.mark.parametrize("where", ["padded", "packed"])
+def test_the_full_gradient_flows_through_the_targets(where, bins, reduction):
+    case = padded(B=2, T=5) if where == "padded" else packed((3, 0, 4))
+    logits = torch.randn(*case.values.shape, 5, generator=rng(2), dtype=torch.float64)
+    layout = {} if case.cu_seqlens is None else {"cu_seqlens": case.cu_seqlens}
+    arguments = (case.terminal_rewards, case.loss_mask, case.loss_mask, case.gamma, case.lam)
+    options = {**case.options, **layout, "bins": bins, "reduction": reduction}
+
+    def loss(x, **changes):
+        return compute_categorical_value_loss(x, *arguments, **{**options, **changes})
+
+    def full(x):
+        return loss(x, detach_targets=False)
+
+    fused, statistics = loss(logits, return_statistics=True)
+    unfused, others = loss(logits, return_statistics=True, detach_targets=False)
+    torch.testing.assert_close(unfused, fused)
+    torch.testing.assert_close(others, statistics)
+    assert torch.autograd.gradcheck(full, leaf(logits))
+    assert torch.autograd.gradgradcheck(full, leaf(logits))
+    x = leaf(logits)
+    (detached,) = torch.autograd.grad(loss(x).sum(), x)
+    (whole,) = torch.autograd.grad(full(x).sum(), x)
+    assert not torch.allclose(detached, whole)
+    x = torch.where((case.loss_mask != 0)[..., None], logits, torch.nan).requires_grad_()
+    assert torch.autograd.grad(full(x).sum(), x)[0].isfinite().all()
+
+
 def test_there_is_no_second_derivative():
     case = padded(B=1, T=4)
     logits, loss = example(case, K=3)
