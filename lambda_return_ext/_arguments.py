@@ -124,6 +124,7 @@ def check_discount(name: str, x: float | Tensor, values: Tensor, rows: int) -> T
     """
     if not isinstance(x, Tensor):
         return torch.full((), check_unit_interval(name, x), dtype=torch.float64, device=values.device)
+    check_tensor(name, x)
     if not x.is_floating_point():
         raise TypeError(f"{name} must be a float or a floating tensor, got {x.dtype}")
     if x.dim() > 1 or (x.dim() == 1 and x.shape[0] != rows):

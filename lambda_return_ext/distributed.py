@@ -231,7 +231,16 @@ def context_parallel_lambda_return(
         return returns
     from torch.distributed.tensor import DTensor
 
-    return DTensor.from_local(returns, mesh, values.placements)  # type: ignore[attr-defined]
+    # Without a shape, T would be taken for the ranks times the tokens of this one.
+    T = values.shape[1]
+    return DTensor.from_local(
+        returns,
+        mesh,
+        values.placements,  # type: ignore[attr-defined]
+        run_check=False,
+        shape=torch.Size((local.shape[0], T)),
+        stride=(T, 1),
+    )
 
 
 def context_parallel_lambda_value_loss(

@@ -121,20 +121,36 @@ def check_dtensor(rank, ranks):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
+    def same(ours, expected):
+        assert ours.shape == expected.shape
+        torch.testing.assert_close(ours.full_tensor(), expected, rtol=1e-12, atol=1e-12)
+
     mesh = init_device_mesh("cpu", (ranks,))
     values, terminal, attention, mask, gamma, lam, rewards = batch("gaps")
-    sharded = [distribute_tensor(x, mesh, [Shard(1)]) for x in (values, mask, rewards, attention)]
-    ours = context_parallel_lambda_return(sharded[0], terminal, sharded[1], gamma, lam, rewards=sharded[2])
-    expected = lr.compute_lambda_return(values, terminal, mask, gamma, lam, rewards=rewards)
-    torch.testing.assert_close(ours.full_tensor(), expected, rtol=1e-12, atol=1e-12)
-    loss = context_parallel_lambda_value_loss(sharded[0], terminal, sharded[3], sharded[1], gamma, lam)
-    expected = lr.compute_lambda_value_loss(values, terminal, attention, mask, gamma, lam)
-    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    for tokens in (T, 7, 5):  # in equal parts; in unequal ones; of four ranks the last has none
+        whole = [x[:, :tokens].contiguous() for x in (values, mask, rewards, attention)]
+        sharded = [distribute_tensor(x, mesh, [Shard(1)]) for x in whole]
+        whole[0].requires_grad_()
+        sharded[0].requires_grad_()
+        ours = context_parallel_lambda_return(sharded[0], terminal, sharded[1], gamma, lam, rewards=sharded[2])
+        expected = lr.compute_lambda_return(whole[0], terminal, whole[1], gamma, lam, rewards=whole[2])
+        same(ours, expected)
+        weight = torch.randn(4, tokens, generator=rng(8), dtype=torch.float64)
+        ours = torch.autograd.grad(ours, sharded[0], distribute_tensor(weight, mesh, [Shard(1)]))[0]
+        same(ours, torch.autograd.grad(expected, whole[0], weight)[0])
+        loss = context_parallel_lambda_value_loss(sharded[0], terminal, sharded[3], sharded[1], gamma, lam)
+        expected = lr.compute_lambda_value_loss(whole[0], terminal, whole[3], whole[1], gamma, lam)
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+        same(torch.autograd.grad(loss, sharded[0])[0], torch.autograd.grad(expected, whole[0])[0])
     how = "must be a plain tensor, got a DTensor: lambda_return_ext.distributed takes sequences"
     with pytest.raises(TypeError, match=f"^values {how}"):
         lr.compute_lambda_return(sharded[0], terminal, sharded[1])
     with pytest.raises(TypeError, match=f"^loss_mask {how}"):
         lr.compute_lambda_value_loss(sharded[0].to_local(), terminal, sharded[3].to_local(), sharded[1])
+    replicated = distribute_tensor(gamma, mesh, [Replicate()])
+    for name in ("gamma", "lam"):
+        with pytest.raises(TypeError, match=f"^{name} {how}"):
+            context_parallel_lambda_return(sharded[0], terminal, sharded[1], **{name: replicated})
     with pytest.raises(ValueError, match="values must be sharded on T"):
         context_parallel_lambda_return(distribute_tensor(values, mesh, [Replicate()]), terminal, mask)
 
