@@ -36,9 +36,17 @@ def lambda_return_carry(
 ) -> Tensor:
     r"""What a chunk of each sequence does to the carry: :math:`H_{left} = a H_{right} + b`.
 
-    The carry that enters at the right end of the last chunk is the terminal reward R. Give the carry of a chunk to
-    :func:`~lambda_return_ext.compute_lambda_return` as its ``terminal_rewards``, and its returns are those of the whole
-    sequence; maps compose as (a2, b2) after (a1, b1) = (a2 a1, a2 b1 + b2).
+    The carry that enters at the right end of the last chunk is the terminal reward R; maps compose as (a2, b2) after
+    (a1, b1) = (a2 a1, a2 b1 + b2).
+
+    ``terminal_rewards`` of :func:`~lambda_return_ext.compute_lambda_return` **is the carry from the right**.
+    Give it the carry into a chunk, and the chunk's returns are those of the whole sequence::
+
+        carry = terminal_rewards
+        for chunk in reversed(chunks):
+            returns = compute_lambda_return(chunk.values, carry, chunk.loss_mask, gamma, lam)
+            a, b = lambda_return_carry(chunk.values, chunk.loss_mask, gamma, lam).unbind(1)
+            carry = a * carry + b
 
     Args:
         values: V, [B, T] or [B, T, 1], or [total] with ``cu_seqlens``.
