@@ -77,7 +77,10 @@ def _check_scan(
     if bootstrap_values is not None:
         check_rewards("bootstrap_values", bootstrap_values, values, rows)
         dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
-        terminal_rewards = terminal_rewards.to(dtype) + gamma.to(dtype) * bootstrap_values.to(dtype)
+        discount = gamma.to(dtype)
+        # A term with weight 0 is left out: 0 * inf would be NaN.
+        bootstrap = torch.where(discount == 0, 0.0, discount * bootstrap_values.to(dtype))
+        terminal_rewards = terminal_rewards.to(dtype) + bootstrap
     return _Scan(values, terminal_rewards, loss_mask, rewards, cu_seqlens, gamma, lam)
 
 

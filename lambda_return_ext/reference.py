@@ -30,7 +30,7 @@ def compute_lambda_return(
     for b in range(B):
         value_weight, return_weight = gammas[b] * (1.0 - lams[b]), gammas[b] * lams[b]
         end = terminal_rewards[b].to(values.dtype)
-        if bootstrap_values is not None:
+        if bootstrap_values is not None and gammas[b] != 0:  # a term with weight 0 is left out: 0 * inf would be NaN
             end = end + gammas[b] * bootstrap_values[b].to(values.dtype)
         returns = list(torch.zeros_like(values[b]).unbind())
         following = None  # the next valid position
@@ -40,7 +40,6 @@ def compute_lambda_return(
             if following is None:
                 returns[t] = end
             else:
-                # A term with weight 0 is left out: 0 * inf would be NaN.
                 returns[t] = torch.zeros_like(values[b, t])
                 if value_weight != 0:
                     returns[t] = returns[t] + value_weight * values[b, following]

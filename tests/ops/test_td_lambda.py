@@ -128,6 +128,22 @@ def test_monte_carlo_never_reads_the_values():
     assert torch.equal(bad.returns(lr.compute_lambda_return), case.returns(lr.compute_lambda_return))
 
 
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.parametrize("gamma", [0.0, torch.tensor([0.0, 0.0, 0.5])], ids=["float", "tensor"])
+@pytest.mark.parametrize("where", ["padded", "packed"])
+def test_a_discount_of_0_never_reads_the_bootstrap_value(where, gamma, bad):
+    case = padded(B=3) if where == "padded" else packed((4, 9, 3))
+    case = case._replace(gamma=gamma, bootstrap_values=torch.tensor([bad, bad, 0.25]))
+    good = case._replace(bootstrap_values=torch.tensor([7.0, 8.0, 0.25]))
+    bootstrap = leaf(case.bootstrap_values)
+    returns = case.returns(same_shape(case), bootstrap_values=bootstrap)
+    assert torch.equal(returns, good.returns(same_shape(case)))
+    assert torch.equal(case.returns(), good.returns())  # the reference, too
+    (grad,) = torch.autograd.grad(returns.sum(), bootstrap)
+    assert (grad[:2] == 0).all()
+    assert grad[2].isfinite()
+
+
 @pytest.mark.parametrize("lengths", [(100_000,), (1, 40_000, 0, 70_000, 3)], ids=str)
 def test_the_same_bits_for_every_number_of_threads(lengths):
     case = packed(lengths, torch.float32)
