@@ -287,6 +287,26 @@ def test_explained_variance_is_exact_after_one_sum():
     assert lr.explained_variance(torch.zeros(6)).isnan()
 
 
+@pytest.mark.parametrize("shape", [(1, 7), (1, 100), (3, 1000), (2, 16384), (512, 4096)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_explained_variance_is_nan_where_the_targets_do_not_vary(shape, dtype):
+    # Sums of 0.1, which no float holds, are off by up to 135 units in the last place.
+    values = torch.rand(shape, generator=rng(), dtype=dtype)
+    mask = torch.ones(shape, dtype=torch.bool)
+    rewards = torch.full(shape[:1], 0.1, dtype=torch.float64)
+
+    def explained_variance():
+        options = {"gamma": 1.0, "lam": 1.0, "return_statistics": True}
+        return lr.explained_variance(lr.compute_lambda_value_loss(values, rewards, mask, mask, **options)[1])
+
+    assert explained_variance().isnan()
+    if shape[0] > 1:  # and a number where they do, if only by 4e-5
+        rewards[0] = 0.100004
+        targets = rewards.to(dtype).double()[:, None].expand(shape)
+        expected = 1 - (targets - values).var(correction=0) / targets.var(correction=0)
+        torch.testing.assert_close(explained_variance(), expected, rtol=0.05, atol=0)
+
+
 @pytest.mark.parametrize("loss", LOSS_KINDS)
 @pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean", "none"])
 def test_the_full_gradient_flows_through_the_targets(reduction, loss):
