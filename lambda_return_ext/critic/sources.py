@@ -15,8 +15,11 @@ from lambda_return_ext.critic.errors import UserError, require
 FORMATS = (".jsonl", ".json", ".parquet", ".csv")
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 EXTRA = "'lambda-return-ext[data]'"
-# Cells of a CSV file that are no plain text.
+# Cells of a CSV file that are JSON, and those that are where they hold chat messages and else are text.
 JSON_CELLS = ("messages", "correct", "incorrect", "tools")
+CHAT_CELLS = ("prompt", "chosen", "rejected", "completion")
+# How messages begin, also as Python prints them, which is what some programs write into CSV.
+MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](role|content)['"]\s*:""")
 ROWS_AT_ONCE = 256
 
 
@@ -91,7 +94,8 @@ class Source:
         """
         if self._file is None:
             for number, values in enumerate(self._dataset, 1):
-                yield Row(f"{self._name}, row {number}", _without_nulls(values))
+                where, values = f"{self._name}, row {number}", _without_nulls(values)
+                yield Row(where, _parse_cells(values, where) if self._dataset.builder_name == "csv" else values)
         else:
             yield from getattr(self, f"_read_{self._kind}")(self._file)
 
@@ -118,7 +122,9 @@ class Source:
         try:
             with path.open(encoding="utf-8-sig", newline="") as file:
                 reader = csv.DictReader(file, strict=True)
-                columns = reader.fieldnames
+                columns = reader.fieldnames or []
+                if len(set(columns)) < len(columns):
+                    raise UserError(f"{self.path}:1: every column must have a name of its own, got {columns}")
                 while True:
                     number = reader.line_num + 1
                     try:
@@ -133,10 +139,7 @@ class Source:
                             f"{' and more' if None in cells else ''}"
                         )
                     values: dict[str, Any] = {key: cell for key, cell in cells.items() if cell != ""}
-                    for key in JSON_CELLS:
-                        if key in values:
-                            values[key] = _parse_json(values[key].encode(), where, f"{key!r} must be a JSON list")
-                    yield Row(where, values)
+                    yield Row(where, _parse_cells(values, where))
         except (csv.Error, UnicodeDecodeError) as error:
             raise UserError(
                 f"{self.path}:{number}: the file must be CSV in UTF-8 with a header line, got what is not: {error}"
@@ -180,6 +183,25 @@ def _parse_json(text: bytes, where: str, rule: str) -> Any:
         return json.loads(text)
     except ValueError as error:
         raise UserError(f"{where}: {rule}, got {text[:60]!r}: {error}") from error
+
+
+def _parse_cells(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """A row of CSV with the cells parsed that are JSON."""
+    return {key: _parse_cell(key, cell, where) if isinstance(cell, str) else cell for key, cell in values.items()}
+
+
+def _parse_cell(key: str, cell: str, where: str) -> Any:
+    if key in JSON_CELLS:
+        return _parse_json(cell.encode(), where, f"{key!r} must be a JSON list")
+    if key not in CHAT_CELLS or not cell.lstrip().startswith("["):
+        return cell
+    if MESSAGES.match(cell):
+        return _parse_json(cell.encode(), where, f"{key!r} must be text, or messages as a JSON list")
+    try:
+        value = json.loads(cell)
+    except (ValueError, RecursionError):
+        return cell
+    return value if any(isinstance(item, dict) and "role" in item for item in value) else cell
 
 
 def _record(value: Any, where: str) -> dict[str, Any]:

@@ -119,6 +119,8 @@ def test_a_name_that_is_no_path_is_asked_of_the_hub(monkeypatch):
         ("a.csv", "prompt,chosen\na\n", r"a.csv:2: a row must have one cell for each of the columns .*, got 1$"),
         ("a.csv", "prompt,chosen\na,b\na,b,c\n", r"a.csv:3: a row must have one cell .*, got 2 and more"),
         ("a.csv", 'prompt,chosen\na,"b\n', r"a.csv:2: the file must be CSV in UTF-8"),
+        ("a.csv", "prompt,chosen,chosen\na,b,c\n", r"a.csv:1: every column must have a name of its own"),
+        ("a.csv", "prompt,chosen\n\"[{'role': 'user'}]\",b\n", r"a.csv:2: 'prompt' must be text, or messages as"),
         ("a.csv", "prompt,correct,incorrect\na,b,c\n", r"a.csv:2: 'correct' must be a JSON list"),
         ("a.csv", "prompt,completion,label\na,b,perhaps\n", r"a.csv:2: 'label' must be true or false, .*got 'perhaps'"),
     ],
@@ -389,6 +391,37 @@ def test_the_likelihood_of_an_answer_leaves_its_gaps_out(tiny_backbone, chat_tok
 
     expected = sum(mean_log_probability(pair.right) > mean_log_probability(pair.wrong) for pair in pairs) / len(pairs)
     assert likelihood_baseline(model, pairs, group_by_prompt(pairs), lambda tokens: None) == expected
+
+
+CHATS = [
+    *conversations(4),
+    *({"chosen": [{**USER, "content": text}, RIGHT], "rejected": [{**USER, "content": text}, WRONG]} for text in "ab"),
+    {"prompt": [USER, RIGHT, USER], "completion": [RIGHT], "label": True},
+    {"prompt": "[w1] [2]", "completion": '[{"name": "w2"}]', "label": False},
+    {"messages": CONVERSATION, "label": True, "tools": [{"type": "function"}]},
+    {"prompt": [{"content": "w9", "role": "user"}], "correct": [[RIGHT], "w2"], "incorrect": []},
+    {"prompt": [{"name": "anna", **USER}], "chosen": "fine", "rejected": [WRONG]},
+]
+
+
+def write_chats_as_csv(path):
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, dict.fromkeys(key for record in CHATS for key in record))
+        writer.writeheader()
+        for record in CHATS:
+            writer.writerow({k: v if isinstance(v, str) else json.dumps(v) for k, v in record.items()})
+
+
+@pytest.mark.parametrize("name", ["chats.csv", "folder"])
+def test_chats_in_a_csv_file_are_chats(chat_tokenizer, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "folder").mkdir()
+    write_chats_as_csv(tmp_path / "chats.csv" if name == "chats.csv" else tmp_path / "folder" / "train.csv")
+    expected = [parse(**record) for record in CHATS]
+    got = [parse_example(row) for row in Source(tmp_path / name)]
+    assert [e._replace(where="") for e in got] == [e._replace(where="") for e in expected]
+    assert [outputs_of(e, chat_tokenizer) for e in got] == [outputs_of(e, chat_tokenizer) for e in expected]
+    assert outputs_of(got[4], chat_tokenizer)[0] == ("<s> user <unk> </s> <s> assistant", "[fine] [</s>]")
 
 
 # ---- sampling ----------------------------------------------------------------------------------------------------
