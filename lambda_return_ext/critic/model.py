@@ -54,6 +54,7 @@ class ValueModel(nn.Module):
         self.has_lora = lora is not None and lora.rank > 0
         self.backbone_frozen = backbone_frozen and not self.has_lora
         self.autocast_dtype: torch.dtype | None = None
+        self.backbone_has_files = True
         backbone.requires_grad_(not backbone_frozen)
         if lora is not None and self.has_lora:
             add_lora(backbone, lora)
@@ -110,9 +111,9 @@ class ValueModel(nn.Module):
         enable({"use_reentrant": False})
 
     def saved_tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds: all tensors, without those of a frozen backbone, which its own files have."""
+        """What a checkpoint holds: all tensors, without those of a frozen backbone that has files of its own."""
         tensors = self.state_dict()
-        if self.backbone_frozen or self.has_lora:
+        if self.backbone_has_files and (self.backbone_frozen or self.has_lora):
             trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
             return {name: tensor for name, tensor in tensors.items() if name in trained}
         return tensors
@@ -367,6 +368,7 @@ def build_model(backbone: Backbone, max_length: int, bias_init: float | None) ->
     settings = backbone.settings
     base_model = backbone.base_model(settings.layers, max_length)
     model = ValueModel(base_model, settings.head, bias_init, settings.backbone_frozen, settings.lora)
+    model.backbone_has_files = not settings.from_scratch
     if settings.gradient_checkpointing:
         model.checkpoint_gradients()
     return model

@@ -8,9 +8,10 @@ import torch
 from conftest import make_records
 
 from lambda_return_ext import compute_lambda_return
-from lambda_return_ext.critic import scoring
+from lambda_return_ext.critic import scoring, trainer
 from lambda_return_ext.critic.cli import main
 from lambda_return_ext.critic.scoring import load_critic, score_file
+from lambda_return_ext.critic.task import load_run
 
 
 @pytest.fixture
@@ -77,6 +78,26 @@ def test_every_answer_is_scored_in_order_as_the_model_values_it(run, write_pairs
             "td_errors": one_step - values,
         }.items():
             torch.testing.assert_close(torch.tensor([record[column]]), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_a_frozen_backbone_from_scratch_scores_as_it_evaluates(train, run_dir, write_pairs, tmp_path, lora):
+    settings = ["model.from_scratch=true", "model.cache_features=false", f"model.lora.rank={lora}"]
+    assert train(*settings, "training.max_steps=8", "training.value_loss.lambda_return.bias_init=null") == 0
+    torch.manual_seed(12345)
+    measured = trainer.evaluate(str(run_dir))["checkpoints"]["best"]["metrics"]
+    torch.manual_seed(67890)
+    score_file(str(run_dir), str(write_pairs(make_records())), str(tmp_path / "scores.jsonl"))
+    means = {"chosen": [], "rejected": []}
+    validation = {pair.problem for pair in load_run(str(run_dir))[0].data.validation}
+    for record in records_of(tmp_path / "scores.jsonl"):
+        if record["problem_id"] in validation:
+            means[record["answer"]].append(sum(record["values"]) / sum(record["mask"]))
+    right, wrong = torch.tensor(means["chosen"]), torch.tensor(means["rejected"])
+    assert len(right) == len(wrong) == 18
+    assert right.mean() == pytest.approx(measured["validation/mean_right"], abs=1e-5)
+    assert wrong.mean() == pytest.approx(measured["validation/mean_wrong"], abs=1e-5)
+    assert (right > wrong).float().mean() == pytest.approx(measured["validation/pairwise_accuracy"])
 
 
 def test_gaps_have_weight_zero(run, write_pairs, tmp_path):
