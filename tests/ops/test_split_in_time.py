@@ -18,13 +18,14 @@ from lambda_return_ext.distributed import (
 T = 48
 
 
-def batch(kind, dtype=torch.float64):
-    """Sequences [4, T] with gaps across every border of chunks, one of them empty."""
+def batch(kind, dtype=torch.float64, unseen=()):
+    """Sequences [4, T] with gaps across every border of chunks, one of them empty, masked and NaN at unseen tokens."""
     generator = rng(7)
     values, rewards = (torch.rand(4, T, generator=generator, dtype=torch.float64) for _ in range(2))
     mask = make_mask(kind, 4, T)
     mask[1, T // 4 - 3 : T // 2 + 3] = False
     mask[2] = False
+    mask[:, unseen], values[:, unseen], rewards[:, unseen] = False, torch.nan, torch.nan
     attention = torch.rand(4, T, generator=generator) < 0.8
     gamma, lam = torch.tensor([1.0, 0.9, 1.0, 0.99]).double(), torch.tensor([0.95, 1.0, 0.5, 0.0]).double()
     return values.to(dtype), torch.rand(4, generator=generator), attention, mask, gamma, lam, rewards.to(dtype)
@@ -53,11 +54,11 @@ def parts_of(x, rank, ranks, layout):
     return torch.cat([parts[rank], parts[2 * ranks - 1 - rank]], dim=1)
 
 
-def whole(kind, dtype):
-    values, terminal, attention, mask, gamma, lam, rewards = batch(kind, dtype)
-    inputs = leaf(values), leaf(terminal.to(dtype)), leaf(rewards)
+def whole(*how):
+    values, terminal, attention, mask, gamma, lam, rewards = batch(*how)
+    inputs = leaf(values), leaf(terminal.to(values.dtype)), leaf(rewards)
     returns = lr.compute_lambda_return(inputs[0], inputs[1], mask, gamma, lam, rewards=inputs[2])
-    weight = torch.randn(returns.shape, generator=rng(8), dtype=torch.float64).to(dtype)
+    weight = torch.randn(returns.shape, generator=rng(8), dtype=torch.float64).to(values.dtype)
     grads = torch.autograd.grad(returns, inputs, weight)
     x = leaf(values)
     loss = lr.compute_lambda_value_loss(x, terminal, attention, mask, gamma, lam, rewards=rewards, loss="huber")
@@ -69,13 +70,17 @@ def check_rank(rank, ranks, folder):
     store = dist.FileStore(f"{folder}/store", ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
     try:
-        for kind, layout, dtype in [
-            ("gaps", "contiguous", torch.float64),
-            ("gaps", "zigzag", torch.float64),
-            ("conversation", "zigzag", torch.float32),
-            ("dense", "contiguous", torch.bfloat16),
+        for kind, layout, dtype, first_rank_counts in [
+            ("gaps", "contiguous", torch.float64, True),
+            ("gaps", "zigzag", torch.float64, True),
+            ("conversation", "zigzag", torch.float32, True),
+            ("dense", "contiguous", torch.bfloat16, True),
+            ("gaps", "contiguous", torch.float64, False),
+            ("gaps", "zigzag", torch.float64, False),
         ]:
-            weight, returns, grads, loss, loss_grad = whole(kind, dtype)
+            unseen = () if first_rank_counts else parts_of(torch.arange(T)[None], 0, ranks, layout)[0]
+            how = kind, dtype, unseen
+            weight, returns, grads, loss, loss_grad = whole(*how)
 
             def mine(x, layout=layout):
                 return parts_of(x, rank, ranks, layout)
@@ -85,7 +90,8 @@ def check_rank(rank, ranks, folder):
             def same(ours, expected, tolerance=tolerance):
                 torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)
 
-            values, terminal, attention, mask, gamma, lam, rewards = batch(kind, dtype)
+            values, terminal, attention, mask, gamma, lam, rewards = batch(*how)
+            assert bool(mine(mask).any()) == (first_rank_counts or rank > 0)
             inputs = leaf(mine(values)), leaf(terminal.to(dtype)), leaf(mine(rewards))
             ours = context_parallel_lambda_return(
                 inputs[0], inputs[1], mine(mask), gamma, lam, layout=layout, rewards=inputs[2]
