@@ -131,17 +131,14 @@ def read_examples(config: DataConfig) -> tuple[list[Example], str]:
 def select_pairs(examples: Sequence[Example], tokenizer: Any, config: DataConfig) -> PairData:
     """Tokenise the examples, split them by problem and take as many pairs as the configuration says.
 
-    A pair of which one side is longer than `max_length` is dropped and counted: cut short, a solution would end
-    where nothing says whether it was right. So is a prompt as long as that an error, unless prompts may be cut.
+    A pair of which one side is longer than `max_length` is dropped and counted, unless prompts may be cut: cut short,
+    a solution would end where nothing says whether it was right.
 
     Raises:
-        UserError: a prompt is too long, or there are too few problems for the split.
+        UserError: there are too few problems for the split.
     """
     dropped: Counter[str] = Counter()
     solutions = tokenize(examples, Renderer(tokenizer, read_chat_template(config.chat_template)))
-    if config.overlong == "drop":
-        for example, answers in zip(examples, solutions, strict=True):
-            check_prompt(example, answers[0], config.max_length)
     problems = group_by_problem(examples, solutions)
     sampled: dict[str, tuple[list[TokenPair], int]] = {}
     for name, problem in problems.items():
@@ -161,7 +158,10 @@ def select_pairs(examples: Sequence[Example], tokenizer: Any, config: DataConfig
     last = None if config.train_problems is None else wanted
     chosen = {"train": order[config.validation_problems : last], "validation": order[: config.validation_problems]}
     whole = {part: [pair for name in names for pair in sampled[name][0]] for part, names in chosen.items()}
-    fitted = {part: [fit_prompt(pair, config.max_length) for pair in pairs] for part, pairs in whole.items()}
+    fitted = {
+        part: [TokenPair(pair.problem, *fit_prompts(pair[1:], config.max_length)) for pair in pairs]
+        for part, pairs in whole.items()
+    }
     return PairData(
         train=fitted["train"],
         validation=fitted["validation"],
@@ -171,26 +171,19 @@ def select_pairs(examples: Sequence[Example], tokenizer: Any, config: DataConfig
     )
 
 
-def check_prompt(example: Example, solution: Solution, max_length: int) -> None:
-    """Refuse a prompt that leaves no room for an answer.
-
-    Raises:
-        UserError: it is as long as `max_length`.
-    """
-    if len(solution.prompt_ids) >= max_length:
-        raise UserError(
-            f"{example.where}: the prompt must be shorter than data.max_length = {max_length} tokens, "
-            f"got {len(solution.prompt_ids)}"
-        )
+def fits(solution: Solution, config: DataConfig) -> bool:
+    """Whether a solution fits into `max_length`, once its prompt is cut where the configuration allows that."""
+    if config.overlong == "drop":
+        return solution.length <= config.max_length
+    return len(solution.output_ids) < config.max_length
 
 
-def fit_prompt(pair: TokenPair, max_length: int) -> TokenPair:
-    """The pair itself where it fits, else with as much of the end of both prompts as the longer answer leaves room."""
-    if pair.length <= max_length:
-        return pair
-    room = max_length - max(len(pair.right.output_ids), len(pair.wrong.output_ids))
-    sides = (side._replace(prompt_ids=side.prompt_ids[-room:]) for side in (pair.right, pair.wrong))
-    return TokenPair(pair.problem, *sides)
+def fit_prompts(solutions: Sequence[Solution], max_length: int) -> list[Solution]:
+    """The same where all of them fit, else with as much of the end of each prompt as the longest answer leaves room."""
+    if all(solution.length <= max_length for solution in solutions):
+        return list(solutions)
+    room = max_length - max(len(solution.output_ids) for solution in solutions)
+    return [solution._replace(prompt_ids=solution.prompt_ids[-room:]) for solution in solutions]
 
 
 def tokenize(examples: Sequence[Example], renderer: Renderer) -> list[list[Solution]]:
@@ -264,10 +257,8 @@ def sample_pairs(name: str, problem: Problem, config: DataConfig, dropped: Count
     def length_bin(solution: Solution) -> int:
         return 0 if config.length_bin is None else solution.outputs // config.length_bin
 
-    def fits(*sides: Solution) -> bool:
-        if config.overlong == "drop":
-            return all(side.length <= config.max_length for side in sides)
-        return all(len(side.output_ids) < config.max_length for side in sides)
+    def prompt_fits(solution: Solution) -> bool:
+        return config.overlong != "drop" or len(solution.prompt_ids) < config.max_length
 
     def drop(reason: str, number: int = 1) -> None:
         if number:
@@ -279,7 +270,9 @@ def sample_pairs(name: str, problem: Problem, config: DataConfig, dropped: Count
             drop("pairs whose two sides are the same")
         elif not (pair.right.outputs and pair.wrong.outputs):
             drop("pairs with a solution that has no output token")
-        elif not fits(pair.right, pair.wrong):
+        elif not (prompt_fits(pair.right) and prompt_fits(pair.wrong)):
+            drop("pairs whose prompt alone fills data.max_length")
+        elif not (fits(pair.right, config) and fits(pair.wrong, config)):
             drop("pairs with a solution that does not fit into data.max_length")
         elif length_bin(pair.right) != length_bin(pair.wrong):
             drop("pairs whose two sides are in different bins of data.length_bin")
@@ -294,10 +287,12 @@ def sample_pairs(name: str, problem: Problem, config: DataConfig, dropped: Count
         for solution in sorted(set(side) - both, key=lambda solution: _stable_hash(config.split_seed, solution)):
             if not solution.outputs:
                 drop("solutions that have no output token")
-            elif fits(solution):
-                bins.setdefault(length_bin(solution), []).append(solution)
-            else:
+            elif not prompt_fits(solution):
+                drop("solutions whose prompt alone fills data.max_length")
+            elif not fits(solution, config):
                 drop("solutions that do not fit into data.max_length")
+            else:
+                bins.setdefault(length_bin(solution), []).append(solution)
         drop("repeated solutions", len(side) - len(set(side)))
         free.append(bins)
     drop("solutions that are labelled both right and wrong", len(both))

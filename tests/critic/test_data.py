@@ -81,12 +81,24 @@ def test_missing_and_empty_file(tmp_path, write_pairs):
         read(write_pairs([""]))
 
 
-def test_a_prompt_as_long_as_max_length_is_an_error_with_its_line(write_pairs, tokenizer):
-    long = {**GOOD, "prompt": "w1 " * 10}
-    with pytest.raises(
-        UserError, match=r"pairs\.jsonl:2: the prompt must be shorter than data.max_length = 10 .*got 10"
-    ):
-        select(write_pairs([GOOD, long]), tokenizer, max_length=10)
+def test_prompts_that_leave_no_room_are_dropped_and_counted(write_pairs, tokenizer):
+    records = [{**GOOD, "problem_id": f"p{i}", "prompt": f"w{i} w1"} for i in range(8)]
+    full, lists = "w1 " * 10, {"correct": ["w1", "w2"], "incorrect": ["w3"]}
+    odd = [{**GOOD, "problem_id": "full", "prompt": full}, {**lists, "problem_id": "free", "prompt": f"{full}w2"}]
+    data = select(write_pairs([*records, *odd]), tokenizer, max_length=10)
+    assert data.report()["dropped"] == {
+        "pairs whose prompt alone fills data.max_length": 1,
+        "solutions whose prompt alone fills data.max_length": 3,
+        "problems without a pair": 2,
+    }
+    assert problems(data.train + data.validation) == {f"p{i}" for i in range(8)}
+    almost = {**odd[0], "prompt": "w1 " * 9}  # room for a token, and its answer has two
+    assert select(write_pairs([*records, almost]), tokenizer, max_length=10).dropped == {
+        "pairs with a solution that does not fit into data.max_length": 1,
+        "problems without a pair": 1,
+    }
+    with pytest.raises(UserError, match=r"got 2 for 0 problems \(dropped 1 pairs whose prompt alone fills data"):
+        select(write_pairs(odd[:1]), tokenizer, max_length=10, validation_problems=1)
 
 
 def test_pairs_with_a_long_solution_are_dropped_and_counted(write_pairs, tokenizer):
