@@ -13,9 +13,9 @@ import torch
 from safetensors import SafetensorError
 
 from lambda_return_ext.critic import checkpoint
-from lambda_return_ext.critic.config import Config, load_config
+from lambda_return_ext.critic.config import Config, DataConfig
 from lambda_return_ext.critic.credit import credit_solutions
-from lambda_return_ext.critic.data import Collator, Solution, tokenize
+from lambda_return_ext.critic.data import Collator, Solution, fit_prompts, fits, tokenize
 from lambda_return_ext.critic.distributed import choose_device
 from lambda_return_ext.critic.errors import UserError, require
 from lambda_return_ext.critic.examples import Answer, Example, Renderer, parse_example, read_chat_template
@@ -47,6 +47,7 @@ class Item(NamedTuple):
     example: Example
     answer: Answer
     solution: Solution
+    cut: bool
 
 
 def score_file(
@@ -78,23 +79,37 @@ def score_file(
     settings = critic.config.data
     renderer = Renderer(critic.tokenizer, read_chat_template(settings.chat_template))
     rows = ((number, parse_example(row, unlabelled=True)) for number, row in enumerate(source, 1))
-    scored = left_out = 0
+    scored = left_out = cut = 0
     with writer_of(Path(output)) as write, display.phase("scoring", "rows", None) as advance:
         while part := list(itertools.islice(rows, ROWS_AT_ONCE)):
             solutions = tokenize([example for _, example in part], renderer)
             items = [
                 Item(number, example, *both)
                 for (number, example), answers in zip(part, solutions, strict=True)
-                for both in zip(example.answers, answers, strict=True)
+                for item in fitting_items(number, example, answers, settings)
             ]
-            fitting = [item for item in items if item.solution.length <= settings.max_length]
-            write(score(critic, fitting))
-            scored += len(fitting)
-            left_out += len(items) - len(fitting)
+            write(score(critic, items))
+            scored += len(items)
+            left_out += sum(map(len, solutions)) - len(items)
+            cut += sum(item.cut for item in items)
             advance(len(part))
     display.line(f"wrote {output}: {scored:,} answers")
+    if cut:
+        display.line(f"cut the beginning of the prompt of {cut:,} answers: data.overlong = truncate_prompt")
     if left_out:
         display.line(f"left out: {left_out:,} answers that do not fit into data.max_length = {settings.max_length}")
+
+
+def fitting_items(row: int, example: Example, solutions: Sequence[Solution], config: DataConfig) -> list[Item]:
+    """The answers of a row that fit, with their prompts cut as training cuts them: those of a pair the same."""
+    whole = [both for both in zip(example.answers, solutions, strict=True) if fits(both[1], config)]
+    groups = [whole] if example.paired else [[both] for both in whole]
+    items = []
+    for group in filter(None, groups):
+        fitted = fit_prompts([solution for _, solution in group], config.max_length)
+        for (answer, solution), short in zip(group, fitted, strict=True):
+            items.append(Item(row, example, answer, short, short != solution))
+    return items
 
 
 def export_run(run: str, output: str) -> None:
@@ -146,7 +161,7 @@ def score(critic: Critic, items: Sequence[Item]) -> list[Record]:
         for i, credit in zip(
             part, credit_solutions(critic.model, batch.to(critic.device), solutions, gamma, lam), strict=True
         ):
-            row, example, answer, solution = items[i]
+            row, example, answer, solution, _ = items[i]
             labelled = answer.reward is not None
             records[i] = {
                 "row": row,

@@ -187,3 +187,35 @@ def test_what_score_refuses_leaves_nothing_behind(run, write_pairs, tmp_path, ca
     assert "--output must not exist yet" in capsys.readouterr().err
     assert main(["score", good, "--run", run, "--output", str(output), "--overwrite"]) == 0
     assert len(records_of(output)) == 16
+
+
+def test_prompts_are_cut_as_in_training(train, run_dir, write_pairs, tmp_path, capsys):
+    records = [{**record, "prompt": f"w1 w2 w3 {record['prompt']}"} for record in make_records()]
+    pairs = write_pairs(records)
+    settings = ["data.overlong=truncate_prompt", "data.max_length=18", "training.max_steps=4"]
+    assert train(*settings) == 0
+    task, _ = load_run(str(run_dir))
+    assert task.data.truncated > 10
+    capsys.readouterr()
+    score_file(str(run_dir), str(pairs), str(tmp_path / "scores.jsonl"))
+    out = capsys.readouterr().out
+    assert "left out" not in out
+    assert f"cut the beginning of the prompt of {2 * task.data.truncated} answers" in out
+    trained = {side: pair for pair in task.data.train + task.data.validation for side in pair[1:]}
+    lengths = {(side.output_ids, len(side.prompt_ids)) for side in trained}
+    scored = records_of(tmp_path / "scores.jsonl")
+    assert {(tuple(record["token_ids"]), record["prompt_tokens"]) for record in scored} == lengths
+    # The values are those of the cut prompt.
+    critic = load_critic(str(run_dir))
+    side = next(side for side in trained if side.length == 18)
+    ids = torch.tensor([side.prompt_ids + side.output_ids])
+    with torch.no_grad():
+        values = critic.model(ids, torch.ones_like(ids).bool())[0, len(side.prompt_ids) :]
+    found = [record["values"] for record in scored if tuple(record["token_ids"]) == side.output_ids]
+    assert any(torch.allclose(torch.tensor(each), values, rtol=1e-5, atol=1e-6) for each in found)
+    # Only an answer that does not fit by itself is left out; the others of its row are cut by themselves.
+    row = {"prompt": "w1 " * 30, "correct": ["w2 " * 17, "w2 " * 16, "w2"], "incorrect": []}
+    score_file(str(run_dir), str(write_pairs([row], "rows.jsonl")), str(tmp_path / "rows_scores.jsonl"))
+    assert "left out: 1 answers" in capsys.readouterr().out
+    cut = [(record["answer"], record["prompt_tokens"]) for record in records_of(tmp_path / "rows_scores.jsonl")]
+    assert cut == [("correct[1]", 1), ("correct[2]", 16)]
