@@ -150,6 +150,16 @@ def config_path(run_dir: Path) -> Path:
     return path
 
 
+def saved_config(run_dir: Path) -> Config:
+    """The configuration of a run that is looked at: on this machine, which may lack the CUDA device of that one.
+
+    Raises:
+        UserError: the folder holds no run.
+    """
+    config = load_config(config_path(run_dir))
+    return config.model_copy(update={"device": "auto"}) if config.device == "cuda" else config
+
+
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one, with dotted keys."""
     flat: dict[str, Any] = {}

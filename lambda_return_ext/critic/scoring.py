@@ -137,7 +137,7 @@ def load_critic(run: str) -> Critic:
     Raises:
         UserError: the folder holds no run, or one without a validation.
     """
-    config = load_config(checkpoint.config_path(Path(run)))
+    config = checkpoint.saved_config(Path(run))
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device, backbone = choose_device(config.device), Backbone(config.model)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lambda_return_ext.critic import checkpoint
-from lambda_return_ext.critic.config import Config, TrainingConfig, load_config
+from lambda_return_ext.critic.config import Config, TrainingConfig
 from lambda_return_ext.critic.data import Collator, PairData, TokenPair, read_examples, select_pairs
 from lambda_return_ext.critic.distributed import Ranks, choose_device, exchange_features
 from lambda_return_ext.critic.errors import UserError
@@ -118,7 +118,7 @@ def load_run(run: str) -> tuple[Task, dict[str, Any]]:
         UserError: the folder holds no run, or one without a validation, or its data has changed since.
     """
     run_dir = Path(run)
-    task = prepare(load_config(checkpoint.config_path(run_dir)))
+    task = prepare(checkpoint.saved_config(run_dir))
     checkpoint.check_same_data(run_dir, task.summary())
     tensors, state = checkpoint.load_best(run_dir)
     checkpoint.load_model(task.model, tensors)

@@ -80,6 +80,17 @@ def test_every_answer_is_scored_in_order_as_the_model_values_it(run, write_pairs
             torch.testing.assert_close(torch.tensor([record[column]]), expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a machine without a CUDA device")
+def test_a_run_on_cuda_can_be_looked_at_without_it(run, write_pairs, tmp_path):
+    saved = tmp_path / "run/config.yaml"
+    saved.write_text(saved.read_text(encoding="utf-8").replace("device: cpu", "device: cuda"), encoding="utf-8")
+    score_file(run, str(write_pairs(ROWS, "rows.jsonl")), str(tmp_path / "scores.jsonl"))
+    assert len(records_of(tmp_path / "scores.jsonl")) == 16
+    assert main(["export", run, str(tmp_path / "exported")]) == 0
+    assert main(["inspect", run]) == 0
+    assert main(["evaluate", run]) == 0
+
+
 @pytest.mark.parametrize("lora", [0, 2])
 def test_a_frozen_backbone_from_scratch_scores_as_it_evaluates(train, run_dir, write_pairs, tmp_path, lora):
     settings = ["model.from_scratch=true", "model.cache_features=false", f"model.lora.rank={lora}"]
