@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from lambda_return_ext.critic import checkpoint
-from lambda_return_ext.critic.config import Config, DataConfig, load_config
+from lambda_return_ext.critic.config import Config, DataConfig
 from lambda_return_ext.critic.credit import credit_solutions
 from lambda_return_ext.critic.data import Collator, Solution, fit_prompts, fits, tokenize
 from lambda_return_ext.critic.distributed import choose_device
@@ -137,7 +137,7 @@ def load_critic(run: str) -> Critic:
     Raises:
         UserError: the folder holds no run, or one without a validation.
     """
-    config = load_config(checkpoint.config_path(Path(run)))
+    config = checkpoint.saved_config(Path(run))
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device, backbone = choose_device(config.device), Backbone(config.model)
