@@ -31,40 +31,75 @@ def evaluate_pairs(
     collate: Collator,
     batch_size: int,
     ranks: Ranks = ALONE,
+    between_batches: Callable[[], None] = lambda: None,
 ) -> Metrics:
     """Measure the model on pairs; every pair counts once and a tie counts as wrong.
 
     The ranks share the batches and put the records of all pairs together, in the order that one rank would have.
 
+    Args:
+        model: gives the values.
+        loss: the training loss.
+        pairs: what to measure on.
+        collate: makes a batch.
+        batch_size: pairs in one; changes no metric but for rounding.
+        ranks: this process among all.
+        between_batches: called on every rank alike; may raise to break off.
+
     Returns:
         What `summarise` makes of the pairs.
+
+    Raises:
+        FloatingPointError: a value is infinite or NaN.
     """
     model.eval()
     device = next(model.parameters()).device
     by_length = sorted(pairs, key=lambda pair: pair.length)
     starts = range(0, len(by_length), batch_size)
     columns: dict[str, Tensor] = {}
+    counts = count_pairs(loss, pairs).to(device)
     for turn in range(math.ceil(len(starts) / ranks.size)):
+        between_batches()
         own = turn * ranks.size + ranks.rank
         start = starts[min(own, len(starts) - 1)]  # a sharded model needs every rank in each forward
         batch = collate.pad(by_length[start : start + batch_size]).to(device)
-        for name, column in measure_batch(model(batch.inputs, batch.attention_mask), batch, loss).items():
+        for name, column in measure_batch(model(batch.inputs, batch.attention_mask), batch, loss, counts).items():
             whole = columns.setdefault(name, torch.zeros(len(pairs), dtype=torch.float64))
             if own < len(starts):
                 whole[start : start + batch_size] = column
     table = ranks.sum(torch.stack([*columns.values()]))
-    return summarise(dict(zip(columns, table, strict=True)))
+    records = dict(zip(columns, table, strict=True))
+    finite = (records["mean_right"] + records["mean_wrong"]).isfinite()
+    if not finite.all():
+        problem = by_length[int(finite.int().argmin())].problem
+        raise FloatingPointError(
+            f"values must be finite, got others for {int((~finite).sum())} of {len(pairs)} pairs that were measured, "
+            f"one of them of problem {problem!r}"
+        )
+    return summarise(records)
 
 
-def measure_batch(values: Tensor, batch: Batch, loss: ValueLossConfig) -> dict[str, Tensor]:
+def count_pairs(loss: ValueLossConfig, pairs: Sequence[TokenPair]) -> Tensor:
+    """What `count_terms` gives for all output tokens of these pairs, each of which has some on both sides, [3]."""
+    if loss.reduction == "sequence":
+        return torch.full((3,), len(pairs))
+    return torch.tensor(
+        [sum(pair.right.outputs for pair in pairs), sum(pair.wrong.outputs for pair in pairs), len(pairs)]
+    )
+
+
+def measure_batch(
+    values: Tensor, batch: Batch, loss: ValueLossConfig, counts: Tensor | None = None
+) -> dict[str, Tensor]:
     """All that the metrics need of each of the N pairs of a batch, as float64 [N] on the CPU.
 
-    Pairs are independent but for `loss`, so that the records of several batches or ranks are simply put together.
+    Pairs are independent, so that the records of several batches or ranks are simply put together.
 
     Args:
         values: [2 N, T].
         batch: the batch.
-        loss: the training loss, which is taken over all output tokens of the batch.
+        loss: the training loss, which is taken over all output tokens.
+        counts: what `count_pairs` gives for all batches together; None if this is the only one.
     """
     gamma, lam = loss.gamma_lam
     credit = assign_credit(values, batch.loss_mask, batch.terminal_rewards, gamma, lam)
@@ -91,8 +126,9 @@ def measure_batch(values: Tensor, batch: Batch, loss: ValueLossConfig) -> dict[s
     record = {}
     for name, column in rows.items():
         record[f"{name}_right"], record[f"{name}_wrong"] = column.cpu().chunk(2)
-    whole = value_loss(loss, values, batch.attention_mask, batch.loss_mask, batch.terminal_rewards)[0]
-    record["loss"] = whole.double().cpu().expand(len(record["mean_right"]))
+    # The batch's part of the loss of all, in equal shares: only the sum is asked for.
+    part = value_loss(loss, values, batch.attention_mask, batch.loss_mask, batch.terminal_rewards, None, counts)[0]
+    record["loss"] = (part.double().cpu() / len(record["mean_right"])).expand(len(record["mean_right"]))
     return record
 
 
@@ -119,7 +155,7 @@ def summarise(records: Mapping[str, Tensor]) -> Metrics:
         **{f"{name}_{side}": means[f"{name}_{side}"] for name in per_side for side in ("right", "wrong")},
         "last_token_accuracy": (records["last_right"] > records["last_wrong"]).double().mean().item(),
         "explained_variance": 1.0 - (square_error - error**2) / reward_variance,
-        "loss": means["loss"],
+        "loss": totals["loss"],
         **calibration(records["last_right"], records["last_wrong"]),
         **accuracy_by_length(ranked, (records["tokens_right"] + records["tokens_wrong"]) / 2),
     }

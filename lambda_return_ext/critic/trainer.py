@@ -25,6 +25,7 @@ from lambda_return_ext.critic.interrupt import Interrupted, StopRequest
 from lambda_return_ext.critic.losses import count_terms, value_loss, window_mask
 from lambda_return_ext.critic.metrics import evaluate_pairs, length_baseline, likelihood_baseline
 from lambda_return_ext.critic.model import check_packing, group_by_prompt
+from lambda_return_ext.critic.nonfinite import check_weights, say_nonfinite
 from lambda_return_ext.critic.optimization import lam_schedule, lr_schedule, parameter_groups
 from lambda_return_ext.critic.plots import plot_curves
 from lambda_return_ext.critic.report import Display, open_log, print_data, print_results, read_metrics
@@ -68,6 +69,7 @@ def train_rank(config: Config, ranks: Ranks, resume: bool, overwrite: bool) -> d
     optimizer = torch.optim.AdamW(parameter_groups(model, training, config.model.lora))
     lr_factor, lam = lr_schedule(training, task.steps), lam_schedule(training.value_loss, task.steps)
     progress: dict[str, Any] = {"step": 0, "best": [-1.0, 0.0], "seconds": 0.0, "skipped": 0, "stale": 0, "peak": -1.0}
+    progress["unchecked"] = False  # whether the validation after the last step was broken off
     torch.manual_seed(config.seed + ranks.rank)  # dropout differs from rank to rank
     if newest := checkpoint.latest_checkpoint(run_dir):
         progress = checkpoint.load_checkpoint(newest, model, optimizer, ranks)
@@ -81,8 +83,27 @@ def train_rank(config: Config, ranks: Ranks, resume: bool, overwrite: bool) -> d
     epoch_order: list[list[int]] = []
 
     def save() -> None:
+        check_weights(parameters, progress["step"], ranks)
         progress["seconds"] = time.monotonic() - started
         checkpoint.save_checkpoint(run_dir, model, optimizer, progress, training.save_total_limit, ranks)
+
+    def stop_if_asked() -> None:
+        if ranks.max(torch.tensor(stop.received)):
+            save()
+            raise Interrupted(stop.received or signal.SIGTERM, progress["step"])
+
+    def validate() -> None:
+        step, progress["unchecked"] = progress["step"], True
+        check_weights(parameters, step, ranks)
+        measured = measure(task, collate, stop_if_asked)
+        log.write(step, measured)
+        display.line(f"step {step}: {describe(measured)}")
+        rank = [measured["validation/pairwise_accuracy"], measured["validation/margin"]]
+        progress.update(staleness(progress, rank[0], training), unchecked=False)
+        if rank > progress["best"]:
+            progress["best"] = rank
+            checkpoint.save_best(run_dir, model, {"step": step, "metrics": measured}, ranks)
+        save()
 
     with (
         checkpoint.explain_failed_writes(run_dir),
@@ -90,6 +111,8 @@ def train_rank(config: Config, ranks: Ranks, resume: bool, overwrite: bool) -> d
         display.phase("training", "steps", task.steps, done=progress["step"]) as advance,
         StopRequest() as stop,
     ):
+        if progress["unchecked"]:
+            validate()
         for step in range(progress["step"] + 1, task.steps + 1):
             if is_stale(progress, training):
                 display.line(f"stopped early: no better validation in {progress['stale']} turns")
@@ -144,7 +167,7 @@ def train_rank(config: Config, ranks: Ranks, resume: bool, overwrite: bool) -> d
                     group["lr"] = group["base_lr"] * lr_factor(step)
                 optimizer.step()
             else:
-                say_nonfinite(task, step, metrics, pairs, display)
+                say_nonfinite(task, step, metrics, pairs, display, save)
                 progress["skipped"] += 1
                 metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
             metrics["train/skipped_steps"] = progress["skipped"]
@@ -153,20 +176,11 @@ def train_rank(config: Config, ranks: Ranks, resume: bool, overwrite: bool) -> d
             advance(1, f"loss {metrics.get('train/loss', math.nan):.4f}")
             progress["step"] = step
 
-            checked = step in (warmup_steps, task.steps) or step % config.evaluation.every == 0
-            if checked:
-                measured = measure(task, collate)
-                log.write(step, measured)
-                display.line(f"step {step}: {describe(measured)}")
-                rank = [measured["validation/pairwise_accuracy"], measured["validation/margin"]]
-                progress |= staleness(progress, rank[0], training)
-                if rank > progress["best"]:
-                    progress["best"] = rank
-                    checkpoint.save_best(run_dir, model, {"step": step, "metrics": measured}, ranks)
-            if checked or step % training.save_every == 0:
+            if step in (warmup_steps, task.steps) or step % config.evaluation.every == 0:
+                validate()
+            elif step % training.save_every == 0:
                 save()
-        if ranks.max(torch.tensor(stop.received)):
-            raise Interrupted(stop.received or signal.SIGTERM, progress["step"])
+        stop_if_asked()
     with checkpoint.explain_failed_writes(run_dir):
         return ranks.on_first(lambda: report(task, progress, display))
 
@@ -267,29 +281,7 @@ def build_forward_loss(module: nn.Module, config: TrainingConfig) -> Callable[..
     return torch.compile(forward_loss, fullgraph=True, dynamic=True)
 
 
-def say_nonfinite(
-    task: Task, step: int, metrics: dict[str, float], pairs: Sequence[TokenPair], display: Display
-) -> None:
-    """Save the batch of a step whose loss or gradient is not finite, and stop or say that it is left out.
-
-    Raises:
-        FloatingPointError: the configuration says to stop.
-    """
-    run_dir = Path(task.config.run_dir)
-    sides = [{"problem": pair.problem, "right": pair.right._asdict(), "wrong": pair.wrong._asdict()} for pair in pairs]
-    numbers = {name: str(metrics[name]) for name in ("train/loss", "train/grad_norm")}
-    record = {"step": step, **numbers, "pairs": sides}
-    task.ranks.on_first(lambda: checkpoint.save_nonfinite(run_dir, record))
-    message = (
-        f"loss or gradient is not finite at step {step}: loss {numbers['train/loss']}, gradient norm "
-        f"{numbers['train/grad_norm']}; its pairs are in {run_dir / checkpoint.NONFINITE}"
-    )
-    if task.config.training.nonfinite == "stop":
-        raise FloatingPointError(f"{message}; training.nonfinite=skip leaves such a batch out")
-    display.line(f"{message}; left out")
-
-
-def measure(task: Task, collate: Collator) -> dict[str, Any]:
+def measure(task: Task, collate: Collator, between_batches: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Validation, a fixed part of the training pairs, and the gap between the two: how much is memorised."""
     config = task.config
     parts = {"validation": task.data.validation, "train_subset": task.train_subset}
@@ -297,7 +289,13 @@ def measure(task: Task, collate: Collator) -> dict[str, Any]:
         f"{part}/{name}": value
         for part, pairs in parts.items()
         for name, value in evaluate_pairs(
-            task.model, config.training.value_loss, pairs, collate, config.evaluation.batch_size, task.ranks
+            task.model,
+            config.training.value_loss,
+            pairs,
+            collate,
+            config.evaluation.batch_size,
+            task.ranks,
+            between_batches,
         ).items()
     }
     gap = measured["train_subset/pairwise_accuracy"] - measured["validation/pairwise_accuracy"]

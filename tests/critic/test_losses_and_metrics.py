@@ -8,9 +8,10 @@ from torch import nn
 from lambda_return_ext import create_eos_only_mask
 from lambda_return_ext.critic.config import LambdaReturnConfig, ValueLossConfig
 from lambda_return_ext.critic.data import Collator, Solution, TokenPair
-from lambda_return_ext.critic.losses import value_loss
+from lambda_return_ext.critic.losses import count_terms, value_loss
 from lambda_return_ext.critic.metrics import (
     calibration,
+    count_pairs,
     evaluate_pairs,
     length_baseline,
     likelihood_baseline,
@@ -120,7 +121,8 @@ def test_validation_metrics_on_a_hand_made_case(batch_size):
     }
     for name, value in expected.items():
         assert measured[name] == pytest.approx(value, abs=1e-6), name
-    assert measured["loss"] > 0
+    # Right tokens are 0.1 times 4, 6, 8, 2, 2, 2, 2 and 1 below 1; wrong ones as far above 0.
+    assert measured["loss"] == pytest.approx((3.93 / 8 + 0.70 / 10) / 2, rel=1e-5)
 
 
 def numpy_metrics(pairs, scale=0.1):
@@ -175,20 +177,27 @@ def test_metrics_skip_gaps_in_a_solution():
         assert skipped[name] == pytest.approx(value), name
 
 
-def test_the_records_of_any_split_give_the_same_metrics():
+@pytest.mark.parametrize("reduction", ["token", "sequence"])
+def test_the_records_of_any_split_give_the_same_metrics(reduction):
     """Batches of one rank or of several: pairs are independent, so their records are only put together."""
-    config = ValueLossConfig(use_mc_mse=True)
+    config = ValueLossConfig(use_mc_mse=True, use_pairwise=True, reduction=reduction)
+    counts = count_pairs(config, PAIRS)
+    batch = Collator(0)(PAIRS)
+    assert torch.equal(counts, count_terms(config, batch.loss_mask))
 
     def records(pairs):
         batch = Collator(0)(pairs)
-        return measure_batch(Lookup()(batch.inputs, None).detach(), batch, config)
+        return measure_batch(Lookup()(batch.inputs, None).detach(), batch, config, counts)
 
     parts = [records(PAIRS[:1]), records(PAIRS[1:])]
     joined = summarise({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
     whole = summarise(records(PAIRS))
-    assert {name: joined[name] for name in joined.keys() - {"loss"}} == {
-        name: whole[name] for name in whole.keys() - {"loss"}
-    }
+    expected = value_loss(
+        config, Lookup()(batch.inputs, None), batch.attention_mask, batch.loss_mask, batch.terminal_rewards
+    )
+    assert joined.pop("loss") == pytest.approx(expected[0].item(), rel=1e-6)
+    assert whole.pop("loss") == pytest.approx(expected[0].item(), rel=1e-6)
+    assert joined == whole
 
 
 def test_calibration_on_a_hand_made_case():

@@ -15,7 +15,7 @@ import torch
 from conftest import content, disk_that_fills, records_of, save_backbone, steps_of, without_timing
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from lambda_return_ext.critic import checkpoint, trainer
+from lambda_return_ext.critic import checkpoint, metrics, trainer
 
 
 @pytest.fixture
@@ -109,6 +109,32 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(train, run_dir,
 
 
 # ---- signals -----------------------------------------------------------------------------------------------------
+
+
+def test_a_signal_in_a_validation_does_not_wait_for_its_end(train, run_dir, monkeypatch):
+    assert train(f"run_dir={run_dir}-whole") == 0
+    real, calls = metrics.measure_batch, []
+
+    def measure_batch(*arguments):
+        calls.append(steps_of(run_dir)[-1]["step"])
+        if len(calls) == 7:
+            signal.raise_signal(signal.SIGTERM)
+        return real(*arguments)
+
+    monkeypatch.setattr(metrics, "measure_batch", measure_batch)
+    assert train("evaluation.batch_size=2") == 143
+    assert len(calls) == 7
+    monkeypatch.undo()
+    kept = run_dir / f"checkpoints/step-{calls[-1]:08d}.safetensors"
+    assert [*(run_dir / "checkpoints").iterdir()] == [kept]
+    assert train("evaluation.batch_size=2", "--resume") == 0
+    found, expected = without_timing(run_dir), without_timing(Path(f"{run_dir}-whole"))
+    assert [record["step"] for record in found] == [record["step"] for record in expected]
+    assert found[: calls[-1]] == expected[: calls[-1]]
+    assert_same_tensors(
+        run_dir / "checkpoints/step-00000018.safetensors",
+        Path(f"{run_dir}-whole") / "checkpoints/step-00000018.safetensors",
+    )
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -281,7 +307,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_pairs(
     assert train() == 1
     error = capsys.readouterr().err
     assert f"not finite at step 6: loss {factor}" in error
-    assert f"its pairs are in {run_dir / 'nonfinite.jsonl'}; training.nonfinite=skip leaves" in error
+    assert f"its pairs are in {run_dir / 'nonfinite.jsonl'}; all before it is saved, and --resume" in error
     record = pairs_of_step(run_dir, 6)
     assert len(record["pairs"]) == 6
     for pair in record["pairs"]:
@@ -291,6 +317,43 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_pairs(
     monkeypatch.undo()
     assert train("--resume") == 0
     assert without_timing(run_dir) == without_timing(Path(f"{run_dir}-whole"))
+
+
+def test_all_before_a_step_that_is_not_finite_is_saved(train, run_dir, at_step, monkeypatch):
+    at_step(4, lambda loss: loss * float("nan"))
+    assert train("training.save_every=100", "evaluation.every=100") == 1
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-00000003.safetensors"]
+    monkeypatch.undo()
+    assert train("training.save_every=100", "evaluation.every=100", "training.nonfinite=skip", "--resume") == 0
+    assert [record["step"] for record in steps_of(run_dir)] == list(range(1, 19))
+
+
+@pytest.mark.parametrize("how", ["stop", "skip"])
+def test_weights_that_are_not_finite_stop_the_run_and_are_never_saved(train, run_dir, monkeypatch, capsys, how):
+    def spoil(optimizer, *_):
+        if len(steps_of(run_dir)) == 6:  # the seventh step breaks them
+            optimizer.param_groups[0]["params"][0].data.fill_(float("nan"))
+
+    handle = register_optimizer_step_post_hook(spoil)
+    assert train(f"training.nonfinite={how}") == 1
+    handle.remove()
+    error = capsys.readouterr().err
+    assert "weights are not finite after step " in error
+    assert "so they were not saved: --resume goes on from the last checkpoint" in error
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-00000005.safetensors"]
+    assert train("--resume") == 0
+    assert [record["step"] for record in steps_of(run_dir)] == list(range(1, 19))
+
+
+def test_a_value_that_is_not_finite_ends_a_validation_in_a_sentence(train, monkeypatch, capsys):
+    real = metrics.measure_batch
+
+    def measure_batch(values, *arguments):
+        return real(values.masked_fill(torch.ones_like(values, dtype=torch.bool), torch.inf), *arguments)
+
+    monkeypatch.setattr(metrics, "measure_batch", measure_batch)
+    assert train() == 1
+    assert "values must be finite, got others for 18 of 18 pairs that were measured" in capsys.readouterr().err
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(train, run_dir, at_step, capsys):
