@@ -106,7 +106,11 @@ def token_losses(
         if loss == "smooth_l1":
             return nn.functional.smooth_l1_loss(x, targets, reduction="none", beta=delta)
         if loss == "bce":
-            return nn.functional.binary_cross_entropy(x, targets, reduction="none")
+            # torch's function raises for what is no probability (on a device, for good) and under autocast.
+            inside = (x >= 0) & (x <= 1)
+            with torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
+                entropy = nn.functional.binary_cross_entropy(torch.where(inside, x, 0.5), targets, reduction="none")
+            return torch.where(inside, entropy, torch.nan)
         return nn.functional.softplus(x) - x * targets
 
     losses, clipped = of(outputs), torch.zeros_like(counts)
@@ -137,13 +141,14 @@ def reduce_losses(
         total, denominator = losses.sum(), counts.sum()
     else:
         if cu_seqlens is None:
-            sums, tokens = losses.sum(1), counts.sum(1)
-        else:
-            rows = torch.arange(losses.shape[0], device=losses.device)
-            rows = torch.bucketize(rows, cu_seqlens[1:], right=True)
-            sums = losses.new_zeros(cu_seqlens.shape[0] - 1).index_add(0, rows, losses)
-            tokens = torch.zeros_like(sums).index_add(0, rows, counts.to(sums.dtype))
-        total, denominator = (sums / tokens.clamp(min=1)).sum(), (tokens > 0).sum()
+            tokens = counts.sum(1)
+            divisors = tokens[:, None]
+        else:  # no index_add, which adds in any order on a device
+            before = nn.functional.pad(counts.cumsum(0), (1, 0))
+            tokens = before[cu_seqlens].diff()
+            positions = torch.arange(losses.shape[0], device=losses.device)
+            divisors = tokens[torch.bucketize(positions, cu_seqlens[1:], right=True)]
+        total, denominator = (losses / divisors.clamp(min=1)).sum(), (tokens > 0).sum()
     if normalizer is not None:
         denominator = normalizer
     return torch.where(denominator == 0, 0.0, total / torch.where(denominator == 0, 1, denominator))

@@ -1,12 +1,14 @@
 """The general fused loss: every formula, reduction and option, padded and packed, forward and backward."""
 
 import itertools
+import math
 
 import pytest
 import torch
 from ops_testing import ROUNDED_DTYPES, VALUE_DTYPES, leaf, make_batch, poisoned, rng
 from td_lambda_testing import LENGTHS, packed, padded
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lambda_return_ext as lr
 from lambda_return_ext import reference
@@ -309,8 +311,9 @@ def test_explained_variance_is_nan_where_the_targets_do_not_vary(shape, dtype):
 
 @pytest.mark.parametrize("loss", LOSS_KINDS)
 @pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean", "none"])
-def test_the_full_gradient_flows_through_the_targets(reduction, loss):
-    case = padded(B=3, T=5)
+@pytest.mark.parametrize("where", ["padded", "packed"])
+def test_the_full_gradient_flows_through_the_targets(where, reduction, loss):
+    case = padded(B=3, T=5) if where == "padded" else packed((4, 0, 3, 5))
     case = case._replace(values=case.values * 0.8 + 0.1)
     outputs, old_values = outputs_for(loss, case)
     options = {"old_values": old_values, "clip_range": 0.3} if loss in CLIPPED else {}
@@ -322,6 +325,68 @@ def test_the_full_gradient_flows_through_the_targets(reduction, loss):
     torch.testing.assert_close(function(x), ours(case, x, loss=loss, reduction=reduction, delta=0.4, **options))
     torch.autograd.gradcheck(function, x)
     torch.autograd.gradgradcheck(function, x)
+
+
+@pytest.mark.parametrize("loss", LOSS_KINDS)
+def test_the_full_gradient_adds_nothing_up_in_any_order(loss):
+    """On a device such an operator is a float atomicAdd, so that the bits would differ from run to run."""
+    called = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.append(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    case = packed()
+    x = leaf(case.values * 0.8 + 0.1)
+    with Record():
+        result = ours(case, x, loss=loss, reduction="sequence_mean", detach_targets=False)
+        (grad,) = torch.autograd.grad(result, x, create_graph=True)
+        grad.sum().backward()
+    assert "td_lambda_backward" in called
+    for name in ("index_add", "index_put", "scatter_add", "scatter_reduce", "segment_reduce", "put", "bincount"):
+        assert not any(function.strip("_").startswith(name) for function in called)
+
+
+@pytest.mark.parametrize("detach_targets", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_bounds_of_a_probability(dtype, detach_targets):
+    # One token: G = R. Logarithms end at -100 and the derivative at 1e12, and beyond the bounds there is no loss.
+    outputs = leaf(torch.tensor([[0.0, 1e-30, 1.0, 1.0, -0.5, 1.5, torch.nan]], dtype=dtype).T)
+    rewards = torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0], dtype=dtype)
+    mask = torch.ones(7, 1)
+    options = {"loss": "bce", "reduction": "none", "detach_targets": detach_targets}
+    losses = lr.compute_lambda_value_loss(outputs, rewards, mask, mask, **options)[:, 0]
+    expected = torch.tensor([100.0, 30 * math.log(10), 0.0, 100.0, *[torch.nan] * 3], dtype=dtype)
+    torch.testing.assert_close(losses, expected, equal_nan=True)
+    (grad,) = torch.autograd.grad(losses[:4].sum(), outputs)
+    torch.testing.assert_close(grad[:4, 0], torch.tensor([-1e12, -1e12, 0.0, 1e12], dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.cuda,
+                pytest.mark.skipif(
+                    not (torch.cuda.is_available() and lr._cuda.available),
+                    reason="needs a CUDA device and the CUDA kernels",
+                ),
+            ],
+        ),
+    ],
+)
+@pytest.mark.parametrize("loss", LOSS_KINDS)
+def test_autocast_changes_nothing(loss, device):
+    case = padded(dtype=torch.float32)
+    arguments = [x.to(device) for x in (outputs_for(loss, case)[0], *case[1:3], case.loss_mask)]
+    options = {"loss": loss, "detach_targets": False}
+    outside = lr.compute_lambda_value_loss(*arguments, **options)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        assert torch.equal(lr.compute_lambda_value_loss(*arguments, **options), outside)
 
 
 @pytest.mark.parametrize("loss", ["mse", "bce_with_logits"])
