@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lambda_return_ext.critic.config import Config, load_config
-from lambda_return_ext.critic.distributed import Ranks, shard_like, whole
+from lambda_return_ext.critic.distributed import Ranks, shard_like, unshard
 from lambda_return_ext.critic.errors import UserError
 from lambda_return_ext.critic.model import ValueModel
 
@@ -228,9 +228,17 @@ def load_model(model: ValueModel, tensors: Mapping[str, Tensor]) -> None:
     model.load_state_dict({name: shard_like(tensors[name], wanted[name]) for name in wanted}, strict=False)
 
 
-def whole_model(model: ValueModel) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, whole and on the CPU; all ranks must call it."""
-    return {name: whole(tensor) for name, tensor in model.saved_tensors().items()}
+def gather(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """The tensors whole and on the CPU of the first rank, which writes them; none on the others. All must call it.
+
+    A machine with eight ranks has not the main memory for eight models with their moments.
+    """
+    gathered = {}
+    for name, tensor in tensors.items():
+        all_of_it = unshard(tensor)
+        if ranks.is_first:
+            gathered[name] = all_of_it.cpu()
+    return gathered
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
@@ -240,7 +248,7 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
 
 def save_best(run_dir: Path, model: ValueModel, state: Mapping[str, Any], ranks: Ranks) -> None:
     """Write the model alone, as the best so far; all ranks must call it."""
-    tensors = whole_model(model)
+    tensors = gather(model.saved_tensors(), ranks)
     ranks.on_first(lambda: save_tensors(run_dir / BEST, tensors, state))
 
 
@@ -266,9 +274,10 @@ def save_checkpoint(
         ranks: this process among all.
     """
     optimizer_state = optimizer.state_dict()
-    tensors = {f"model.{name}": tensor for name, tensor in whole_model(model).items()}
+    sharded = {f"model.{name}": tensor for name, tensor in model.saved_tensors().items()}
     for index, slots in optimizer_state["state"].items():
-        tensors |= {f"optimizer.{index}.{slot}": whole(tensor) for slot, tensor in slots.items()}
+        sharded |= {f"optimizer.{index}.{slot}": tensor for slot, tensor in slots.items()}
+    tensors = gather(sharded, ranks)
     tensors |= {f"rng.{name}": _of_all_ranks(state, ranks) for name, state in _random_states().items()}
     state = {"param_groups": optimizer_state["param_groups"], "progress": dict(progress)}
 

@@ -235,10 +235,15 @@ def gradients_wait(module: nn.Module, wait: bool) -> AbstractContextManager[None
     return nullcontext()
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, on the CPU, of which each rank may hold a shard; all ranks must call it."""
+def unshard(tensor: Tensor) -> Tensor:
+    """All of a tensor, where it is, of which each rank may hold a shard; all ranks must call it."""
     tensor = tensor.detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().contiguous()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).contiguous()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, on the CPU; all ranks must call it."""
+    return unshard(tensor).cpu()
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+from lambda_return_ext.critic import checkpoint
 from lambda_return_ext.critic.config import load_config
 from lambda_return_ext.critic.distributed import gradients_wait, join_ranks, parallelize, whole
 from lambda_return_ext.critic.errors import OtherRankError, UserError
@@ -108,6 +109,16 @@ def refuse_packing(config_file, backbone, strategy, ranks):
     return said_by_all(ranks, said)
 
 
+def gathered_by_all(config_file, ranks):
+    """What each rank holds of a sharded model when the first one writes it, and whether that is the whole model."""
+    task = prepare(load_config(config_file, [*WHOLE, "training.strategy=fsdp"]), ranks)
+    before = {name: tensor.clone() for name, tensor in task.model.saved_tensors().items()}
+    parallelize(task.model, ranks, task.config.training)
+    tensors = checkpoint.gather(task.model.saved_tensors(), ranks)
+    alike = all(torch.equal(tensors[name], before[name]) for name in tensors)
+    return said_by_all(ranks, [len(tensors) / len(before), alike])
+
+
 def said_by_all(ranks, said):
     everything = [None] * ranks.size
     dist.all_gather_object(everything, said)
@@ -123,6 +134,7 @@ def main(config_file, recurrent_backbone, output):
             strategy: [refuse_packing(config_file, backbone, strategy, ranks) for backbone in (own, recurrent_backbone)]
             for strategy in STRATEGIES
         }
+        measured["gathered"] = gathered_by_all(config_file, ranks)
         if ranks.is_first:
             save_file(results, output)
             with open(f"{output}.json", "w", encoding="utf-8") as file:

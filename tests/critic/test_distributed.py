@@ -155,6 +155,12 @@ def test_all_ranks_find_a_backbone_fit_for_packing_or_all_refuse_it(one_step):
 
 
 @pytest.mark.slow
+def test_the_first_rank_alone_holds_the_whole_model_that_it_writes(one_step):
+    _, (_, measured) = one_step
+    assert measured["gathered"] == [[1, True], [0, True]]
+
+
+@pytest.mark.slow
 def test_where_one_rank_fails_all_do_and_the_first_of_them_says_why(one_step):
     failures = ["UserError('rank 0 fails')", "OtherRankError()"], ["OtherRankError()", "UserError('rank 1 fails')"]
     (_, alone), (_, together) = one_step
