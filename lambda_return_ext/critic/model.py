@@ -8,7 +8,7 @@ import importlib.util
 import inspect
 import io
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,9 +92,17 @@ class ValueModel(nn.Module):
         return torch.autocast(next(self.parameters()).device.type, dtype=self.autocast_dtype)
 
     def backbone_layers(self) -> list[nn.Module]:
-        """The transformer layers of the backbone."""
+        """The transformer layers of the backbone: of layers within layers, which some families name, the outermost."""
         names = getattr(self.backbone, "_no_split_modules", None) or ()
-        return [module for module in self.backbone.modules() if type(module).__name__ in names]
+
+        def outermost(module: nn.Module) -> Iterator[nn.Module]:
+            for child in module.children():
+                if type(child).__name__ in names:
+                    yield child
+                else:
+                    yield from outermost(child)
+
+        return [*dict.fromkeys(outermost(self.backbone))]  # some families use a layer several times
 
     def train(self, mode: bool = True) -> ValueModel:
         """Switch between training and evaluation; a frozen backbone stays in evaluation."""

@@ -26,7 +26,9 @@ from safetensors.torch import load_file
 from test_backbones import make_backbone
 
 from lambda_return_ext.critic import checkpoint, trainer
+from lambda_return_ext.critic.config import load_config
 from lambda_return_ext.critic.distributed import Ranks
+from lambda_return_ext.critic.task import prepare
 
 WELL_CONDITIONED = "training.value_loss.lambda_return.bias_init=null"
 WHOLE = ["model.cache_features=false", "model.backbone_frozen=false", "training.learning_rate=1e-3", WELL_CONDITIONED]
@@ -267,6 +269,19 @@ def test_one_process_can_run_the_sharded_path_and_repeats_itself(train, run_dir)
     again = trainer.evaluate(str(run_dir))["checkpoints"]["best"]["metrics"]
     for name, value in results["checkpoints"]["best"]["metrics"].items():
         assert again[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+
+
+def test_layers_within_layers_are_sharded_and_counted_once(tmp_path, train, run_dir, config_file):
+    folder = save_backbone(tmp_path / "mamba")  # for its tokenizer
+    mamba = make_backbone("Mamba", state_size=4)
+    assert len(mamba._no_split_modules) > 1
+    mamba.save_pretrained(folder)
+    settings = [*WHOLE, f"model.backbone={folder}", "training.max_steps=4"]
+    assert train(*settings, "training.strategy=fsdp") == 0
+    assert train(*settings, f"run_dir={run_dir}-whole") == 0
+    assert_alike(run_dir, Path(f"{run_dir}-whole"))
+    model = prepare(load_config(config_file, settings)).model
+    assert [type(layer).__name__ for layer in model.backbone_layers()] == ["MambaBlock"] * 2
 
 
 @pytest.mark.slow
