@@ -22,10 +22,14 @@ def check_tensor(name: str, x: object) -> None:
         )
 
 
+def check_floating(name: str, x: Tensor) -> None:
+    check_tensor(name, x)
+    if x.dtype not in VALUE_DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
+
+
 def check_values(name: str, values: Tensor) -> Tensor:
-    check_tensor(name, values)
-    if values.dtype not in VALUE_DTYPES:
-        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {values.dtype}")
+    check_floating(name, values)
     if values.dim() != 2:
         raise ValueError(f"{name} must have shape [B, T], got {list(values.shape)}")
     return values
@@ -41,14 +45,15 @@ def check_value_logits(name: str, value_logits: Tensor) -> Tensor:
     return check_values(name, value_logits)
 
 
-def check_like(name: str, x: Any, values: Tensor) -> None:
+def check_like(name: str, x: Any, values: Tensor, of: str = "the values") -> None:
+    """Check the shape and device of x; errors call the other tensor ``of``."""
     check_tensor(name, x)
     if x.is_complex():
         raise TypeError(f"{name} must have a real dtype, got {x.dtype}")
     if x.shape != values.shape:
-        raise ValueError(f"{name} must have the shape of the values, {list(values.shape)}, got {list(x.shape)}")
+        raise ValueError(f"{name} must have the shape of {of}, {list(values.shape)}, got {list(x.shape)}")
     if x.device != values.device:
-        raise ValueError(f"{name} must be on the device of the values, {values.device}, got {x.device}")
+        raise ValueError(f"{name} must be on the device of {of}, {values.device}, got {x.device}")
 
 
 def check_rewards(name: str, rewards: Tensor, values: Tensor, rows: int | None = None) -> None:
@@ -82,11 +87,9 @@ def _can_look_at(x: Tensor) -> bool:
 
 def check_packed_values(name: str, values: Tensor) -> Tensor:
     """Check [total] or [total, 1] and return [total]."""
-    check_tensor(name, values)
+    check_floating(name, values)
     if values.dim() == 2 and values.shape[-1] == 1:
         values = values.squeeze(-1)
-    if values.dtype not in VALUE_DTYPES:
-        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {values.dtype}")
     if values.dim() != 1:
         raise ValueError(f"{name} must have shape [total] or [total, 1], got {list(values.shape)}")
     return values

@@ -22,6 +22,7 @@ from ._arguments import (
     check_choice,
     check_cu_seqlens,
     check_discount,
+    check_floating,
     check_like,
     check_packed_values,
     check_positive,
@@ -190,6 +191,8 @@ def gae(
     rewards: Tensor | None = None,
     bootstrap_values: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    whiten: bool = False,
+    group: Any = None,
 ) -> Tensor:
     r"""Generalised advantage estimates of masked sequences: :math:`A = G - V` at valid tokens, 0 elsewhere.
 
@@ -205,9 +208,12 @@ def gae(
         rewards: r, the shape of the values, any real dtype.
         bootstrap_values: b, [B], any real dtype.
         cu_seqlens: [B + 1], int32 or int64: packed sequences, see :func:`lambda_return_varlen`.
+        whiten: give the advantages mean 0 and variance 1, see :func:`masked_whiten`.
+        group: the ranks over which to whiten, a torch.distributed process group; None: this process alone.
 
     Returns:
-        A, the shape of the values without a last 1, in their dtype. Differentiable; detach it for a policy loss.
+        A, the shape of the values without a last 1, in their dtype. Differentiable unless whitened; detach it for a
+        policy loss.
 
     Raises:
         TypeError: a tensor argument is no tensor or has an unsupported dtype; gamma or lam is no real number.
@@ -217,7 +223,8 @@ def gae(
     """
     values = (check_value_logits if cu_seqlens is None else check_packed_values)("values", values)
     scan = _check_scan(values, terminal_rewards, loss_mask, gamma, lam, rewards, bootstrap_values, cu_seqlens)
-    return call(_ops.td_lambda.default, *scan, True)
+    advantages = call(_ops.td_lambda.default, *scan, True)
+    return masked_whiten(advantages, loss_mask, group=group) if whiten else advantages
 
 
 def returns_and_advantages(
@@ -276,17 +283,21 @@ def masked_whiten(x: Tensor, mask: Tensor | None, *, group: Any = None, eps: flo
     numbers in float64; nothing is waited for. Fewer than two valid tokens: the variance is 0.
 
     Args:
-        x: any shape, floating.
+        x: any shape; float32, bfloat16, float16 or float64.
         mask: the shape of ``x``, any real dtype, nonzero = valid; None: everything is.
         group: a torch.distributed process group; None: this process alone.
         eps: added to the variance.
 
     Returns:
         The shape and dtype of ``x``, without gradient.
+
+    Raises:
+        TypeError: an argument is no tensor or has an unsupported dtype.
+        ValueError: the shape or device of ``mask`` does not match.
     """
-    check_tensor("x", x)
+    check_floating("x", x)
     if mask is not None:
-        check_like("mask", mask, x)
+        check_like("mask", mask, x, of="x")
     valid = torch.ones_like(x, dtype=torch.bool) if mask is None else mask != 0
     kept = torch.where(valid, x.detach(), 0.0).to(torch.float64)
     sums = torch.stack([valid.sum(dtype=torch.float64), kept.sum(), (kept * kept).sum()])

@@ -13,7 +13,9 @@ from lambda_return_ext import (
     compute_pairwise_accuracy,
     compute_token_variance,
     create_eos_only_mask,
+    explained_variance,
     masked_mse,
+    masked_whiten,
     pairwise_ranking_loss,
 )
 
@@ -176,6 +178,36 @@ def test_pairs_on_different_devices(call):
     function, arguments = call
     with pytest.raises(ValueError, match=r"v_neg must be on the device of v_pos, cpu, got meta"):
         function(**{**arguments, "v_neg": V.to("meta"), "loss_mask_neg": M.to("meta")})
+
+
+WHITEN = masked_whiten, {"x": V, "mask": M}
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)
+def test_whitening_of_no_floats(dtype):
+    message = f"x must be float32, bfloat16, float16 or float64, got {dtype}"
+    check(WHITEN, {"x": torch.ones(2, 5).to(dtype)}, TypeError, message)
+    check(WHITEN, {"x": torch.ones(2, 5).to(dtype), "mask": None}, TypeError, message)
+
+
+def test_whitening_of_a_mask_of_another_shape_or_device():
+    check(WHITEN, {"mask": M[0]}, ValueError, "mask must have the shape of x, [2, 5], got [5]")
+    check(WHITEN, {"mask": M.to("meta")}, ValueError, "mask must be on the device of x, cpu, got meta")
+    check(WHITEN, {"x": [1.0]}, TypeError, "x must be a torch.Tensor, got list")
+
+
+@pytest.mark.parametrize(
+    ("statistics", "error", "message"),
+    [
+        ([1.0] * 6, TypeError, "statistics must be a torch.Tensor, got list"),
+        (torch.ones(6, dtype=torch.int64), TypeError, "statistics must be floating, got torch.int64"),
+        (torch.ones(5), ValueError, "statistics must have shape [..., 6], got [5]"),
+        (torch.ones(()), ValueError, "statistics must have shape [..., 6], got []"),
+    ],
+    ids=["list", "int64", "5", "0-dim"],
+)
+def test_explained_variance(statistics, error, message):
+    check((explained_variance, {"statistics": torch.ones(6)}), {"statistics": statistics}, error, message)
 
 
 # ---- the operators themselves: nothing is read or written out of bounds ------------------------------------------

@@ -228,6 +228,8 @@ def test_both_at_once_are_the_two_of_them(where, dtype):
 def test_whitening_has_mean_0_and_variance_1_over_valid_tokens():
     case = padded(B=6, T=50, dtype=torch.float32)
     _, advantages = lr.returns_and_advantages(*case[:5], 0.9, whiten=True)
+    assert torch.equal(advantages, lr.gae(*case[:4], 0.9, whiten=True))
+    assert torch.equal(advantages, lr.masked_whiten(lr.gae(*case[:4], 0.9), case.loss_mask))
     valid = advantages[case.loss_mask].double()
     assert abs(valid.mean()) < 1e-6
     assert abs(valid.std() - 1) < 1e-5
