@@ -22,6 +22,7 @@ from lambda_return_ext.critic.sources import Row
 Message = Mapping[str, Any]
 Content = str | list[Message]
 SHAPES = "prompt, chosen and rejected; prompt, completion and label; messages and label; prompt, correct and incorrect"
+USED = ("prompt", "chosen", "rejected", "completion", "messages", "correct", "incorrect", "tools", "problem_id")
 LABELS = {1: 1.0, 0: 0.0, "true": 1.0, "false": 0.0, "1": 1.0, "0": 0.0}  # True and 1.0 are 1
 
 
@@ -72,6 +73,8 @@ def parse_example(row: Row, unlabelled: bool = False) -> Example:
         UserError: names file, line and key, what it must be and what it got.
     """
     values = {key: value for key, value in row.values.items() if value is not None}
+    for key in USED:
+        _check_text(values.get(key), row.where, key)
     prompt = None if "prompt" not in values else _content(values["prompt"], row.where, "'prompt'")
     answers = _answers(values, row.where, unlabelled)
     for answer in answers:
@@ -119,6 +122,14 @@ def _answers(values: Mapping[str, Any], where: str, unlabelled: bool) -> list[An
     if not answers:
         raise UserError(f"{where}: 'correct' and 'incorrect' must hold at least one answer, got none")
     return answers
+
+
+def _check_text(value: Any, where: str, key: str) -> None:
+    """Refuse half of a character, which JSON can write and no tokenizer reads."""
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except (UnicodeEncodeError, RecursionError) as error:
+        raise UserError(f"{where}: {key!r} must be Unicode text, alone or in a list, got {error}") from error
 
 
 def _label(label: Any, where: str) -> float | None:
@@ -253,7 +264,7 @@ class Renderer:
         assert not isinstance(example.prompt, str)
         try:
             return self._chat(example, [*example.prompt, *answer.content], len(example.prompt))
-        except (ValueError, TypeError, KeyError, TemplateError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError, TemplateError) as error:
             raise UserError(
                 f"{example.where}: {answer.name!r} must be messages that the chat template takes: {error}"
             ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import json
@@ -97,7 +98,10 @@ class Source:
                 where, values = f"{self._name}, row {number}", _without_nulls(values)
                 yield Row(where, _parse_cells(values, where) if self._dataset.builder_name == "csv" else values)
         else:
-            yield from getattr(self, f"_read_{self._kind}")(self._file)
+            try:
+                yield from getattr(self, f"_read_{self._kind}")(self._file)
+            except OSError as error:
+                raise UserError(f"{self.path} could not be read: {error}") from error
 
     def _read_jsonl(self, path: Path) -> Iterator[Row]:
         with path.open("rb") as file:
@@ -108,7 +112,7 @@ class Source:
 
     def _read_json(self, path: Path) -> Iterator[Row]:
         content = path.read_bytes()
-        if not content.lstrip().startswith(b"["):  # as `datasets` does: one object a line
+        if not content.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):  # as `datasets` does: one object a line
             yield from self._read_jsonl(path)
             return
         records = _parse_json(content, self.path, "the file must be a JSON list of objects, or one object a line")
@@ -149,6 +153,7 @@ class Source:
 
     def _read_parquet(self, path: Path) -> Iterator[Row]:
         parquet = require("pyarrow.parquet", f"data.path = {self.path}", EXTRA)
+        arrow_error = require("pyarrow", f"data.path = {self.path}", EXTRA).ArrowException
         try:
             with parquet.ParquetFile(path) as file:
                 number = 0
@@ -156,7 +161,7 @@ class Source:
                     for values in batch.to_pylist():
                         number += 1
                         yield Row(f"{self.path}, row {number}", _without_nulls(values))
-        except require("pyarrow", f"data.path = {self.path}", EXTRA).ArrowInvalid as error:
+        except (arrow_error, OSError, UnicodeDecodeError) as error:  # OSError: a damaged part of the file, among others
             raise UserError(f"{self.path} must be a Parquet file: {error}") from error
 
 
@@ -181,7 +186,7 @@ def _load_dataset(path: str, subset: str | None, split: str) -> Any:
 def _parse_json(text: bytes, where: str, rule: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: {rule}, got {text[:60]!r}: {error}") from error
 
 

@@ -116,6 +116,10 @@ def test_a_name_that_is_no_path_is_asked_of_the_hub(monkeypatch):
         ("a.json", "[{}, 3]", r"a.json, row 2: a line must be one JSON object, got int"),
         ("a.json", "[{", r"a.json: the file must be a JSON list of objects"),
         ("a.parquet", "no", r"a.parquet must be a Parquet file"),
+        ("a.jsonl", "[" * 100_000, r"a.jsonl:1: a line must be one JSON object, .*recursion"),
+        ("a.json", "[" * 100_000, r"a.json: the file must be a JSON list of objects, .*recursion"),
+        ("a.csv", f"messages,label\n{'[' * 100_000},1\n", r"a.csv:2: 'messages' must be a JSON list, .*recursion"),
+        ("a.jsonl", r'{"prompt": "a", "chosen": "b\ud83d", "rejected": "c"}', r"a.jsonl:1: 'chosen' must be Unicode"),
         ("a.csv", "prompt,chosen\na\n", r"a.csv:2: a row must have one cell for each of the columns .*, got 1$"),
         ("a.csv", "prompt,chosen\na,b\na,b,c\n", r"a.csv:3: a row must have one cell .*, got 2 and more"),
         ("a.csv", 'prompt,chosen\na,"b\n', r"a.csv:2: the file must be CSV in UTF-8"),
@@ -129,6 +133,37 @@ def test_a_bad_file_is_named_with_its_row(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):
         [parse_example(row) for row in list(Source(tmp_path / name))]
+
+
+def test_a_json_list_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(RECORDS, indent=1), encoding="utf-8-sig")
+    assert [row.values for row in Source(tmp_path / "a.json")] == RECORDS
+
+
+def damaged_parquet(path, where):
+    """A Parquet file of which a part is overwritten: its description at the end, its data, or the bytes of a text."""
+    plain = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(RECORDS), path, **plain)
+    content = bytearray(path.read_bytes())
+    footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    at = {"footer": footer + 4, "page": 4, "text": content.index(b"fine")}[where]
+    content[at : at + 4] = b"\xff" * 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("where", ["footer", "page", "text"])
+def test_a_damaged_parquet_file_is_named(tmp_path, where):
+    damaged_parquet(tmp_path / "a.parquet", where)
+    with pytest.raises(UserError, match=r"a\.parquet must be a Parquet file: .+"):
+        list(Source(tmp_path / "a.parquet"))
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    source = Source(tmp_path / "a.jsonl")
+    (tmp_path / "a.jsonl").unlink()
+    with pytest.raises(UserError, match=r"a\.jsonl could not be read: .*No such file"):
+        list(source)
 
 
 def test_a_missing_package_is_named_with_its_cure(tmp_path, monkeypatch):
@@ -222,12 +257,19 @@ def test_whole_conversations_share_their_beginning_as_the_prompt():
         ({"chosen": [USER, RIGHT], "rejected": "broken"}, r"all answers must be whole conversations or none, got both"),
         ({"chosen": [RIGHT], "rejected": [WRONG]}, r"must begin with the same messages, got others"),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "tools": "x"}, r"'tools' must be a list, got str"),
+        ({"problem_id": "\udfff", "prompt": "a", "chosen": "b", "rejected": "c"}, r"'problem_id' must be Unicode text"),
+        ({"messages": [USER, {**RIGHT, "content": "\ud800"}], "label": 1}, r"'messages' .* got .*surrogates not"),
         ({"problem_id": " ", "prompt": "a", "chosen": "b", "rejected": "c"}, r"'problem_id' must not be empty"),
     ],
 )
 def test_a_bad_row_is_named_with_its_key(values, message):
     with pytest.raises(UserError, match=rf"file\.jsonl:7: .*{message}"):
         parse(**values)
+
+
+def test_what_is_ignored_is_not_looked_at():
+    values = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    assert parse(**values, note="\ud800") == parse(**values)
 
 
 def test_rows_without_a_label_are_for_those_who_ask():

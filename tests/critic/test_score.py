@@ -180,8 +180,14 @@ def test_nothing_that_fits_makes_a_file_without_rows(run, write_pairs, tmp_path)
 def test_what_score_refuses_leaves_nothing_behind(run, write_pairs, tmp_path, capsys):
     good = str(write_pairs(ROWS, "rows.jsonl"))
     bad = str(write_pairs([*ROWS, {"prompt": "w1"}], "bad.jsonl"))
+    nothing = tmp_path / "nothing.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["w1"]}), nothing)
+    nothing.write_bytes(nothing.read_bytes()[:-16] + b"\xff" * 8 + nothing.read_bytes()[-8:])
+    half = str(write_pairs([{**ROWS[0], "problem_id": "\ud800"}], "half.jsonl"))
     output = tmp_path / "scores.jsonl"
     for arguments, message in (
+        ([str(nothing), "--run", run, "--output", str(output)], "nothing.parquet must be a Parquet file: "),
+        ([half, "--run", run, "--output", str(tmp_path / "s.parquet")], "half.jsonl:1: 'problem_id' must be Unicode"),
         ([good, "--run", run, "--output", "scores.txt"], "--output must end in .jsonl or .parquet, got 'scores.txt'"),
         ([good, "--run", str(tmp_path / "no"), "--output", str(output)], "RUN must be the folder of a run"),
         (["none.jsonl", "--run", run, "--output", str(output)], "FILE must be a readable JSONL file, got 'none.jsonl'"),
