@@ -89,7 +89,7 @@ def _register_autograd(
         return backward(ctx, *grads) if grads[0] is not None else (None,) * len(ctx.needs_input_grad)
 
     def vmap(info: Any, in_dims: tuple, *inputs: Any) -> Any:
-        return _batched(operator, info, in_dims, *inputs)
+        return _batched(operator, partial(call, operator), info, in_dims, *inputs)
 
     plain_backward = backward_if_any if constants else backward
 
@@ -159,50 +159,50 @@ _LOSSES = tuple(
 )
 
 
-def _batched(operator: Any, info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
-    """Call an operator on a batch of arguments along in_dims: torch.vmap's rule for every operator."""
+def _batched(operator: Any, run: Callable[..., Any], info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
+    """Run an operator on a batch of arguments along in_dims: torch.vmap's rule for every operator.
+
+    The dispatcher leaves out trailing arguments that are at their defaults.
+    """
     N = info.batch_size
-    batched = [
-        x if dim is None else x.movedim(dim, 0) if isinstance(x, Tensor) else x
-        for x, dim in zip(args, in_dims, strict=True)
-    ]
-    kinds = _ROWS.get(operator)
-    packed = kinds is not None and any(
-        isinstance(x, Tensor) and kind is None for x, kind in zip(args, kinds, strict=True)
-    )
-    if kinds is None or packed:
-        results = [
-            call(operator, *(x if dim is None else x[i] for x, dim in zip(batched, in_dims, strict=True)))
-            for i in range(N)
+    batched = [x if dim is None else x.movedim(dim, 0) for x, dim in zip(args, in_dims, strict=True)]
+    empty = N == 0
+    if empty:  # one element of zeros says what an element's outputs look like; they are cut off again
+        N = 1
+        batched = [
+            x if dim is None else torch.cat((x, x.new_zeros(1, *x.shape[1:])))
+            for x, dim in zip(batched, in_dims, strict=True)
         ]
-        if isinstance(results[0], tuple):
-            outputs = tuple(torch.stack(x) for x in zip(*results, strict=True))
-            return outputs, (0,) * len(outputs)
-        return torch.stack(results), 0
+    kinds = _ROWS.get(operator)
+    if kinds is None or any(isinstance(x, Tensor) and kind is None for x, kind in zip(args, kinds, strict=False)):
+        results = [
+            run(*(x if dim is None else x[i] for x, dim in zip(batched, in_dims, strict=True))) for i in range(N)
+        ]
+        single = isinstance(results[0], Tensor)
+        outputs = [torch.stack(x) for x in zip(*([x] if single else x for x in results), strict=True)]
+    else:
+        B = batched[0].shape[0 if in_dims[0] is None else 1]
 
-    first, first_dim = batched[0], in_dims[0]
-    B = first.shape[0 if first_dim is None else 1]
+        def rows(x: Any, dim: int | None, kind: str | None) -> Any:
+            if kind is None or x is None:
+                return x
+            x = x.expand(N, *x.shape) if dim is None else x
+            if kind == "discount" and x.dim() == 1:
+                x = x[:, None].expand(N, B)
+            return x.reshape(N * B, *x.shape[2:])
 
-    def rows(x: Any, dim: int | None, kind: str | None) -> Any:
-        if kind is None or x is None:
-            return x
-        x = x.expand(N, *x.shape) if dim is None else x
-        if kind == "discount" and x.dim() == 1:
-            x = x[:, None].expand(N, B)
-        return x.reshape(N * B, *x.shape[2:])
+        result = run(*map(rows, batched, in_dims, kinds))
+        single = isinstance(result, Tensor)
+        outputs = [x.reshape(N, x.shape[0] // N, *x.shape[1:]) for x in ([result] if single else result)]
 
-    result = call(operator, *map(rows, batched, in_dims, kinds))
-
-    def apart(x: Tensor) -> Tensor:
-        return x.reshape(N, x.shape[0] // N, *x.shape[1:])
-
-    if isinstance(result, tuple):
-        return tuple(map(apart, result)), (0,) * len(result)
-    return apart(result), 0
+    if empty:
+        outputs = [x[:0] for x in outputs]
+    return (outputs[0], 0) if single else (tuple(outputs), (0,) * len(outputs))
 
 
+# The operators themselves are called below the transform, where the functions that ``call`` takes do not exist.
 for _operator in (*_ROWS, *_LOSSES):
-    register_vmap(_operator, partial(_batched, _operator))
+    register_vmap(_operator, partial(_batched, _operator, _operator))
 
 
 # ---- fake implementations ------------------------------------------------------------------------------------------

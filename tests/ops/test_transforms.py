@@ -5,9 +5,12 @@ import torch
 from ops_testing import leaf, make_batch, rng
 from td_lambda_testing import packed, padded
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 import lambda_return_ext as lr
+from lambda_return_ext.distributed import lambda_return_carry
 
+ops = torch.ops.lambda_return
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 
 OPTIONS = {
@@ -90,19 +93,26 @@ FUNCTIONS = {
     "general_loss": lambda v, R, m, g, lam, r, b: lr.compute_lambda_value_loss(v, R, m, m, g, lam, loss="huber"),
     "mse": lambda v, R, m, g, lam, r, b: lr.masked_mse(v, r.double(), m),
     "eos": lambda v, R, m, g, lam, r, b: lr.create_eos_only_mask(m),
+    "carry": lambda v, R, m, g, lam, r, b: lambda_return_carry(v, m, g, lam, rewards=r),
 }
+DIFFERENTIABLE = ("return", "general", "gae", "loss", "general_loss")
+IN_DIMS = [(0,) * 7, (0, 0, None, None, 0, None, None), (1, 0, 1, None, None, 1, 0)]
+
+
+def batch_of_arguments(in_dims, N=4):
+    args = stacked([padded(kind, B=3, T=9) for kind in ("gaps", "prompt", "empty_rows", "dense")])
+    return [x[0] if dim is None else x[:N].movedim(0, dim) for x, dim in zip(args, in_dims, strict=True)]
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", FUNCTIONS)
-@pytest.mark.parametrize("in_dims", [(0,) * 7, (0, 0, None, None, 0, None, None), (1, 0, 1, None, None, 1, 0)])
+@pytest.mark.parametrize("in_dims", IN_DIMS)
 def test_vmap_is_one_call_for_each(name, in_dims):
-    args = stacked([padded(kind, B=3, T=9) for kind in ("gaps", "prompt", "empty_rows", "dense")])
-    args = [x[0] if dim is None else x.movedim(0, dim) for x, dim in zip(args, in_dims, strict=True)]
+    args = batch_of_arguments(in_dims)
     function = FUNCTIONS[name]
     ours, expected = torch.vmap(function, in_dims)(*args), per_sample(function, in_dims, *args)
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
-    if name in ("return", "general", "gae", "loss", "general_loss"):
+    if name in DIFFERENTIABLE:
 
         def grad(v, *rest):
             return torch.func.grad(lambda x: function(x, *rest).sum())(v)
@@ -120,6 +130,111 @@ def test_vmap_over_packed_rows():
         return case.returns(lr.lambda_return_varlen, values=values)
 
     assert torch.equal(torch.vmap(function)(values), torch.stack([function(v) for v in values]))
+
+
+# Every operator itself, with its last arguments given or left at their defaults, and whether the first has a gradient.
+OPERATORS = {
+    "lambda_return": (lambda v, R, m, g, lam, r, b: ops.lambda_return(v, R, m, 0.9, 0.8), True),
+    "lambda_return, defaults": (lambda v, R, m, g, lam, r, b: ops.lambda_return(v, R, m), True),
+    "lambda_return_backward": (lambda v, R, m, g, lam, r, b: ops.lambda_return_backward(v, m, 0.9), True),
+    "lambda_value_loss": (lambda v, R, m, g, lam, r, b: ops.lambda_value_loss(v, R, r > 0, m, 0.9, 0.8), True),
+    "lambda_value_loss, defaults": (lambda v, R, m, g, lam, r, b: ops.lambda_value_loss(v, R, r > 0, m), True),
+    "lambda_value_loss_backward": (
+        lambda v, R, m, g, lam, r, b: ops.lambda_value_loss_backward(v.sum(), (m != 0).sum(), v, R, m, m, 0.9),
+        False,
+    ),
+    "masked_mse": (lambda v, R, m, g, lam, r, b: ops.masked_mse(v, r.double(), m), True),
+    "masked_mse_backward": (
+        lambda v, R, m, g, lam, r, b: ops.masked_mse_backward(v.sum(), (m != 0).sum(), v, r.double(), m),
+        False,
+    ),
+    "eos_mask": (lambda v, R, m, g, lam, r, b: ops.eos_mask(m), False),
+    "td_lambda": (lambda v, R, m, g, lam, r, b: ops.td_lambda(v, R, m, r, None, g, lam, True), True),
+    "td_lambda, defaults": (lambda v, R, m, g, lam, r, b: ops.td_lambda(v, R, None, None, None, g, lam), True),
+    "td_lambda_backward": (lambda v, R, m, g, lam, r, b: ops.td_lambda_backward(v, m, None, g, lam, True), True),
+    "td_lambda_backward, defaults": (lambda v, R, m, g, lam, r, b: ops.td_lambda_backward(v, m, None, g, lam), True),
+    "td_lambda_pair": (lambda v, R, m, g, lam, r, b: ops.td_lambda_pair(v, R, m, r, None, g, lam, g), False),
+    "td_lambda_map": (lambda v, R, m, g, lam, r, b: ops.td_lambda_map(v, m, r, None, g, lam), False),
+    "td_lambda_loss": (
+        lambda v, R, m, g, lam, r, b: ops.td_lambda_loss(v, R, m, m, r, r.double(), None, g, lam, None, 1, 0.5, 0.1, 3),
+        True,
+    ),
+    "td_lambda_loss, defaults": (
+        lambda v, R, m, g, lam, r, b: ops.td_lambda_loss(v, R, m, None, r, None, None, g, lam, None),
+        True,
+    ),
+    "td_lambda_loss_backward": (
+        lambda v, R, m, g, lam, r, b: ops.td_lambda_loss_backward(v.sum(), R, v, R, m, m, r, None, None, g, lam, 1),
+        False,
+    ),
+    "categorical_value_loss": (
+        lambda v, R, m, g, lam, r, b: ops.categorical_value_loss(
+            torch.stack((v, r, v * r), -1), R, m, m, r, None, g, lam, None, 1
+        ),
+        True,
+    ),
+    "categorical_value_loss_backward": (
+        lambda v, R, m, g, lam, r, b: ops.categorical_value_loss_backward(
+            v.sum(), R, torch.stack((v, r, v * r), -1), v, r.double(), None
+        ),
+        False,
+    ),
+}
+
+
+def test_vmap_is_tried_on_every_operator():
+    every = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("lambda_return::")}
+    assert {f"lambda_return::{name.partition(',')[0]}" for name in OPERATORS} == every
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("in_dims", IN_DIMS)
+def test_vmap_over_an_operator_is_one_call_for_each(name, in_dims):
+    function, differentiable = OPERATORS[name]
+    args = batch_of_arguments(in_dims)
+    close = {"rtol": 1e-12, "atol": 1e-12}
+    ours = torch.vmap(function, in_dims)(*args)
+    torch.testing.assert_close(ours, per_sample(function, in_dims, *args), **close)
+    nested = torch.vmap(torch.vmap(function, in_dims), (0, *[None] * 6))(args[0][None], *args[1:])
+    torch.testing.assert_close(tree_map(lambda x: x[0], nested), ours, **close)
+    if differentiable:
+        args[0] = leaf(args[0])
+        gradients = []
+        for outputs in (torch.vmap(function, in_dims)(*args), per_sample(function, in_dims, *args)):
+            first = outputs if isinstance(outputs, torch.Tensor) else outputs[0]
+            weights = torch.rand(first.shape, generator=rng()).to(first)
+            gradients += torch.autograd.grad(first, args[0], weights)
+        torch.testing.assert_close(*gradients, **close)
+
+
+def test_vmap_over_an_operator_on_packed_rows():
+    case = packed()
+    values = leaf(torch.rand(3, *case.values.shape, generator=rng(), dtype=torch.float64))
+
+    def function(values):
+        _values, terminal, mask, gamma, lam, rewards, _bootstrap, cu_seqlens = case
+        return ops.td_lambda(values, terminal, mask, rewards, cu_seqlens, gamma, lam)
+
+    ours, expected = torch.vmap(function)(values), torch.stack([function(v) for v in values])
+    assert torch.equal(ours, expected)
+    assert torch.equal(*(torch.autograd.grad((x**2).sum(), values)[0] for x in (ours, expected)))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", [*FUNCTIONS, *OPERATORS])
+@pytest.mark.parametrize("in_dims", IN_DIMS)
+def test_vmap_over_no_elements_gives_none(name, in_dims):
+    function, differentiable = OPERATORS[name] if name in OPERATORS else (FUNCTIONS[name], name in DIFFERENTIABLE)
+    one = torch.vmap(function, in_dims)(*batch_of_arguments(in_dims, N=1))
+    args = batch_of_arguments(in_dims, N=0)
+    args[0].requires_grad_(differentiable)
+    ours = torch.vmap(function, in_dims)(*args)
+    for x, y in zip(tree_leaves(ours), tree_leaves(one), strict=True):
+        assert (x.shape, x.dtype) == ((0, *y.shape[1:]), y.dtype)
+    if differentiable:
+        (gradient,) = torch.autograd.grad(tree_leaves(ours)[0].sum(), args[0])
+        assert torch.equal(gradient, torch.zeros_like(args[0]))
 
 
 # ---- autocast ------------------------------------------------------------------------------------------------------
