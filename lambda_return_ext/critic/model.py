@@ -7,6 +7,7 @@ import copy
 import importlib.util
 import inspect
 import io
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -317,12 +318,15 @@ class Backbone:
     def base_model(self, layers: int | None, max_length: int) -> nn.Module:
         """The transformer without its language-model head, its first `layers` layers or all.
 
+        Of a model that reads images too it is the part that reads text.
+
         Raises:
             UserError: the backbone has fewer layers, or no positions for `max_length` tokens.
         """
         from transformers import AutoConfig, AutoModel
 
-        config = self._load(AutoConfig)
+        whole = self._load(AutoConfig)
+        config = whole.get_text_config()
         if layers is not None:
             if layers > config.num_hidden_layers:
                 raise UserError(
@@ -339,13 +343,16 @@ class Backbone:
         if self.settings.from_scratch:
             trust = self.settings.trust_remote_code
             return AutoModel.from_config(config, trust_remote_code=trust, **self._how())
-        return self._load(AutoModel, config=config, **self._how())
+        model = self._load(AutoModel, config=whole, **self._how())
+        return model if config is whole else model.get_decoder()
 
     def language_model(self) -> nn.Module:
         """The whole model with its language-model head."""
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-        return self._load(AutoModelForCausalLM, **self._how())
+        config = self._load(AutoConfig)
+        has_images = config.get_text_config() is not config
+        return self._load(AutoModelForImageTextToText if has_images else AutoModelForCausalLM, **self._how())
 
     def _how(self) -> dict[str, Any]:
         how: dict[str, Any] = {"dtype": getattr(torch, self.settings.dtype)}
@@ -371,15 +378,43 @@ def build_model(backbone: Backbone, max_length: int, bias_init: float | None) ->
     """The value model that the configuration of a backbone describes.
 
     Raises:
-        UserError: it cannot be loaded, or not as it is asked for.
+        UserError: it cannot be loaded, or not as it is asked for, or is no causal language model.
     """
     settings = backbone.settings
     base_model = backbone.base_model(settings.layers, max_length)
+    check_backbone(base_model, backbone.name)
     model = ValueModel(base_model, settings.head, bias_init, settings.backbone_frozen, settings.lora)
     model.backbone_has_files = not settings.from_scratch
     if settings.gradient_checkpointing:
         model.checkpoint_gradients()
     return model
+
+
+@torch.no_grad()
+def check_backbone(backbone: Any, name: str) -> None:
+    """Try on four tokens whether a base model gives features as its configuration says, and sees no token to come.
+
+    Raises:
+        UserError: it does not.
+    """
+    must = f"model.backbone must be a causal language model whose features are as wide as its hidden_size; {name}"
+    ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=next(backbone.parameters()).device)
+    if ids.is_cpu and "flash" in (getattr(backbone.config, "_attn_implementation", None) or ""):
+        return  # it has no CPU kernels, and models are built there
+    training = backbone.training
+    try:
+        output = backbone.eval()(input_ids=ids, attention_mask=torch.ones_like(ids).bool(), use_cache=False)
+        features, wanted = output.last_hidden_state, backbone.config.hidden_size
+    except Exception as error:  # every family says in its own way that this is not what it reads
+        raise UserError(f"{must} could not read four tokens: {type(error).__name__}: {error}") from error
+    finally:
+        backbone.train(training)
+    if features.shape != (*ids.shape, wanted):
+        raise UserError(f"{must} has features {list(features.shape)} of tokens [2, 4] and hidden_size = {wanted}")
+    one, other = features[:, :-1].float()
+    # Rounding, which may differ from row to row, is far below its square root.
+    if (one - other).norm() > math.sqrt(torch.finfo(features.dtype).eps) * one.norm():
+        raise UserError(f"{must} sees tokens that come later")
 
 
 def _packaged_gguf(name: str) -> Path:

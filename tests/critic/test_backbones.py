@@ -200,6 +200,64 @@ def test_a_backbone_from_scratch_trains_and_has_no_likelihood(train, run_dir):
     assert {name.split(".")[2] for name in saved if name.startswith("backbone.layers")} == {"0"}
 
 
+def save_multimodal(folder, name):
+    """A tiny model of text and images, beside a tokenizer."""
+    save_backbone(folder)
+    (folder / "model.safetensors").unlink()
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    if name == "Mistral3":
+        text = {"model_type": "mistral", **SIZES}
+        config = transformers.Mistral3Config(
+            text_config=text, vision_config={"model_type": "pixtral", "head_dim": 16, **vision}
+        )
+    else:
+        config = transformers.Gemma3Config(text_config=SIZES, vision_config=vision, mm_tokens_per_image=4)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(config)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("name", ["Gemma3", "Mistral3"])
+def test_of_a_model_of_text_and_images_the_text_part_is_the_backbone(train, run_dir, inputs, tmp_path, name):
+    theirs = save_multimodal(tmp_path / name, name).eval()
+    ids, mask = inputs
+    model = build(tmp_path / name)
+    assert not any("vision" in key for key in model.state_dict())
+    with torch.no_grad():
+        expected = theirs.model(input_ids=ids, attention_mask=mask).last_hidden_state[mask]
+        got = model.backbone(input_ids=ids, attention_mask=mask).last_hidden_state[mask]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert len(build(tmp_path / name, layers=1).backbone.layers) == 1
+    scratch = build(tmp_path / name, from_scratch=True, config_overrides={"num_hidden_layers": 1})
+    assert len(scratch.backbone.layers) == 1
+    assert train(f"model.backbone={tmp_path / name}", "training.max_steps=4", "evaluation.baselines=true") == 0
+    results = json.loads((run_dir / "results.json").read_text(encoding="utf-8"))
+    assert "likelihood" in results["baselines"]
+    assert main(["export", str(run_dir), str(tmp_path / "exported")]) == 0
+    again = ValueModel.from_pretrained(tmp_path / "exported")
+    with torch.no_grad():
+        torch.testing.assert_close(
+            again.backbone(input_ids=ids, attention_mask=mask).last_hidden_state[mask], got, rtol=1e-4, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("Bert", {}, "sees tokens that come later"),
+        ("OPT", {"word_embed_proj_dim": 16}, r"has features \[2, 4, 16\] of tokens \[2, 4\] and hidden_size = 32"),
+        ("T5", {"d_model": 32, "d_kv": 16, "num_layers": 2}, "could not read four tokens: ValueError"),
+    ],
+)
+def test_what_is_no_causal_language_model_is_refused(tmp_path, name, settings, message):
+    config = getattr(transformers, f"{name}Config")(**SIZES, pad_token_id=0, **settings)
+    transformers.AutoModel.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"model.backbone must be a causal language model.*{message}"):
+        build(tmp_path)
+
+
 def test_a_hub_name_is_what_transformers_loads(tiny_backbone, tmp_path):
     folder = tmp_path / "hub/models--someone--tiny"
     shutil.copytree(tiny_backbone, folder / "snapshots/0123abc")
