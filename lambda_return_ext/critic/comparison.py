@@ -12,8 +12,8 @@ from rich.table import Table
 from lambda_return_ext.critic import checkpoint
 from lambda_return_ext.critic.config import load_config
 from lambda_return_ext.critic.errors import UserError
-from lambda_return_ext.critic.plots import plot_comparison
-from lambda_return_ext.critic.report import ROWS, Display, length_bins, read_metrics
+from lambda_return_ext.critic.plots import plot_comparison, shared_length_bins
+from lambda_return_ext.critic.report import ROWS, Display, read_metrics
 
 # Where a run keeps its files, which every run does elsewhere.
 PLACES = ("run_dir", "tracking.name")
@@ -107,12 +107,11 @@ def print_runs(display: Display, runs: Sequence[Run]) -> None:
         style = ".4f" if "accuracy" in key else ".4g"
         table.add_row(title, *(f"{measured['metrics'][f'validation/{key}']:{style}}" for measured in best))
     table.add_row("gap (train - validation)", *(f"{measured['metrics']['validation/gap']:.4f}" for measured in best))
-    titles = [length_bins(measured["metrics"]) for measured in best]
-    if all(bins == titles[0] for bins in titles):
-        table.add_section()
-        for i, title in enumerate(titles[0]):
-            cells = [f"{measured['metrics']['validation/length_accuracy'][i]:.4f}" for measured in best]
-            table.add_row(f"pairwise accuracy, {title}", *cells)
+    table.add_section()
+    for i, title in enumerate(shared_length_bins([measured["metrics"] for measured in best])):
+        parts = [measured["metrics"]["validation/length_accuracy"] for measured in best]
+        cells = [f"{part[i]:.4f}" if i < len(part) else "" for part in parts]
+        table.add_row(f"pairwise accuracy, {title}", *cells)
     table.add_section()
     last = [run.results["checkpoints"]["last"] for run in runs]
     cells = [f"{m['metrics']['validation/pairwise_accuracy']:.4f}" for m in last]

@@ -46,6 +46,14 @@ def finish_reliability(axis: Any) -> None:
     axis.set_title("Reliability, validation")
 
 
+def shared_length_bins(measured: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Titles of the parts by length of several runs; where their ends differ, those of quarters."""
+    titles = [length_bins(each) for each in measured]
+    if all(each == titles[0] for each in titles):
+        return titles[0]
+    return ["shortest quarter", "second quarter", "third quarter", "longest quarter"]
+
+
 def plot_curves(run_dir: Path, results: Mapping[str, Any]) -> None:
     """Draw a run into `curves.png`: over the steps, and of the best checkpoint reliability and accuracy by length."""
     records = read_metrics(run_dir)
@@ -79,14 +87,12 @@ def plot_curves(run_dir: Path, results: Mapping[str, Any]) -> None:
     draw_reliability(reliability, best["metrics"], "best checkpoint", color="C1")
     finish_reliability(reliability)
     titles = length_bins(best["metrics"])
-    bars = length.bar(
-        range(len(titles)), best["metrics"]["validation/length_accuracy"], color="C1", label="best checkpoint"
-    )
+    bars = length.bar(range(len(titles)), best["metrics"]["validation/length_accuracy"], color="C1")
     length.bar_label(bars, fmt="%.2f", fontsize=8)
     length.axhline(0.5, color="0.45", linestyle="--", linewidth=1)
     length.set_xticks(range(len(titles)), titles, fontsize=8)
     length.set_ylim(0, 1.05)
-    length.set_title("Pairwise accuracy by length, validation")
+    length.set_title("Pairwise accuracy by length, validation, best checkpoint")
 
     warmup = max((record["step"] for record in steps if record["train/warmup_active"]), default=0)
     for axis in axes[:, :2].flat:
@@ -97,7 +103,8 @@ def plot_curves(run_dir: Path, results: Mapping[str, Any]) -> None:
         axis.set_xlabel("step")
     for axis in axes.flat:
         axis.grid(alpha=0.25)
-        axis.legend(fontsize=8, framealpha=0.9)
+        if axis is not length:  # its bars fill it, and have the colours of the other plots
+            axis.legend(fontsize=8, framealpha=0.9)
     figure.suptitle(results["title"])
     _save(figure, run_dir / checkpoint.CURVES)
 
@@ -128,16 +135,17 @@ def plot_comparison(runs: Sequence[tuple[str, Sequence[Mapping[str, Any]], Mappi
         draw_reliability(reliability, best, name, color=color)
         parts = best["validation/length_accuracy"]
         places = [i + bar * (number - (len(runs) - 1) / 2) for i in range(len(parts))]
-        length.bar(places, parts, width=bar, color=color, label=name)
+        length.bar(places, parts, width=bar, color=color)
     for axis, (_, title) in curves.items():
         axis.set(title=f"{title}, validation", xlabel="step")
     accuracy.plot([], [], color="0.4", linestyle=":", linewidth=1, label="training pairs")
     finish_reliability(reliability)
-    titles = length_bins(runs[0][2]["checkpoints"]["best"]["metrics"])
+    titles = shared_length_bins([results["checkpoints"]["best"]["metrics"] for _, _, results in runs])
     length.set_xticks(range(len(titles)), titles, fontsize=8)
     length.axhline(0.5, color="0.45", linestyle="--", linewidth=1)
     length.set(ylim=(0, 1.05), title="Pairwise accuracy by length, validation")
     for axis in axes.flat:
         axis.grid(alpha=0.25)
-        axis.legend(fontsize=8, framealpha=0.9)
+        if axis is not length:  # its bars fill it, and have the colours of the other plots
+            axis.legend(fontsize=8, framealpha=0.9)
     _save(figure, path)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from lambda_return_ext.critic import plots
 from lambda_return_ext.critic.cli import main
 
 
@@ -14,6 +15,24 @@ def train(config_file, tmp_path):
         return str(folder)
 
     return run
+
+
+@pytest.fixture
+def length_plot(monkeypatch):
+    """Of the accuracy by length drawn last the titles under the bars, their heights, and the legend."""
+    drawn = {}
+    save = plots._save
+
+    def spy(figure, path):
+        axis = figure.axes[-1]
+        assert axis.get_title().startswith("Pairwise accuracy by length")
+        drawn["titles"] = [label.get_text() for label in axis.get_xticklabels()]
+        drawn["bars"] = [[bar.get_height() for bar in run] for run in axis.containers]
+        drawn["legend"] = axis.get_legend()
+        save(figure, path)
+
+    monkeypatch.setattr(plots, "_save", spy)
+    return drawn
 
 
 def cells(line):
@@ -40,13 +59,24 @@ def test_two_runs_side_by_side(train, tmp_path, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_other_data_and_the_same_configuration_are_said(train, tmp_path, capsys):
-    runs = [train("a"), train("b", "data.split_seed=1"), train("c")]
+def test_other_data_and_the_same_configuration_are_said(train, tmp_path, capsys, length_plot):
+    runs = [train("a"), train("b", "data.split_seed=1", "data.length_bin=8"), train("c")]
     capsys.readouterr()
     assert main(["compare", *runs, "--output", str(tmp_path / "abc.png")]) == 0
-    assert "measured on different data" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "measured on different data" in out
+    # Quarters that end elsewhere have no lengths in common, in the table and in the picture.
+    quarters = ["shortest quarter", "second quarter", "third quarter", "longest quarter"]
+    assert length_plot["titles"] == quarters
+    rows = {row[0]: row[1:] for row in map(cells, out.splitlines()) if len(row) == 4}
+    for i, quarter in enumerate(quarters):
+        told = [float(cell) for cell in rows[f"pairwise accuracy, {quarter}"]]
+        assert told == pytest.approx([bars[i] for bars in length_plot["bars"]], abs=5e-5)
     assert main(["compare", runs[0], runs[2], "--output", str(tmp_path / "ac.png")]) == 0
     assert "The runs have the same configuration." in capsys.readouterr().out
+    assert len(length_plot["titles"]) == 4
+    assert all(title.endswith(" tokens") for title in length_plot["titles"])
+    assert length_plot["legend"] is None  # it would cover bars
 
 
 def test_what_compare_refuses(train, tmp_path, capsys):
