@@ -19,7 +19,7 @@
 //   finish_team<kTeamWarps>(row, output)  the same moment, called by every thread of a team that walks along whole rows
 //   finish_block(index, output)       called by every thread of a block at its end
 //
-// Every order of evaluation depends on the shape alone, so the result has the same bits from run to run.
+// Every order of evaluation depends on shape and alignment alone, so the result has the same bits from run to run.
 #pragma once
 
 #include <algorithm>

@@ -157,6 +157,21 @@ def test_masks_and_layouts(kernels, kind, layout):
         check(kernels, make_batch(kind, 3, 30 + turn, torch.bfloat16, seed=turn), gamma, lam, layout)
 
 
+# As views on a device have them: rows whose alignment differs from row to row, the masks' from the values' too.
+@pytest.mark.parametrize("layout", [(3, 3, 5, 5), (517, 517, 517, 517)], ids=["window", "every other row"])
+@pytest.mark.parametrize("dtype", VALUE_DTYPES)
+def test_views_of_rows(kernels, monkeypatch, dtype, layout):
+    monkeypatch.setitem(LAYOUTS, "view", layout)
+    batch = make_batch("gaps", 5, 517, dtype)
+    check(kernels, batch, 1.0, 0.95, "view")
+    runs = []
+    for order in ORDERS:
+        kernels.use_schedule(order, 2, 3)
+        runs.append(run_all(kernels, Inputs.of(batch), 1.0, 0.95, "view"))
+    for other in runs[1:]:
+        assert all(torch.equal(output, other[name]) for name, output in runs[0].items())
+
+
 @pytest.mark.parametrize(("dtype", "T"), [(torch.float32, 20_001), (torch.bfloat16, 17_000), (torch.float64, 17_000)])
 def test_long_rows(kernels, dtype, T):
     assert kernels.plan(2, T, 8)[0] == "long rows"
