@@ -115,14 +115,18 @@ def check_run_dir(config: Config, resume: bool, overwrite: bool) -> None:
     """Refuse a run folder that a run must not touch; write nothing.
 
     Raises:
-        UserError: the folder has something in it and neither flag was given; or --resume finds another
-            configuration in it; or --overwrite finds no run in it.
+        UserError: it could not be written; or the folder has something in it and neither flag was given; or --resume
+            finds another configuration in it; or --overwrite finds no run in it.
     """
     run_dir = Path(config.run_dir)
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"run_dir must be a folder or not exist yet, got the file {config.run_dir!r}")
+    nearest = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
+        denied = errno.EACCES if nearest.is_dir() else errno.ENOTDIR
+        raise UserError(f"run_dir = {run_dir} must be writable: {OSError(denied, os.strerror(denied), str(nearest))}")
     if not run_dir.exists():
         return
-    if not run_dir.is_dir():
-        raise UserError(f"run_dir must be a folder or not exist yet, got the file {config.run_dir!r}")
     if not any(run_dir.iterdir()):
         return
     if not (resume or overwrite):

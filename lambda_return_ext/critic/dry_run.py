@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -11,6 +12,7 @@ from torch import nn
 from lambda_return_ext.critic import checkpoint
 from lambda_return_ext.critic.config import Config
 from lambda_return_ext.critic.distributed import Ranks, choose_device
+from lambda_return_ext.critic.model import check_packing
 from lambda_return_ext.critic.report import Display, print_data
 from lambda_return_ext.critic.task import Task, prepare
 from lambda_return_ext.critic.trackers import check_trackers
@@ -39,7 +41,13 @@ def dry_run(config: Config, ranks: int, resume: bool = False, overwrite: bool = 
     """
     checkpoint.check_run_dir(config, resume, overwrite)
     check_trackers(config)
-    task, display = prepare(config, Ranks(0, ranks, choose_device(config.device))), Display()
+    # It only counts, which needs no GPU: a login node will do.
+    device = choose_device("auto" if config.device == "cuda" else config.device)
+    task, display = prepare(config, Ranks(0, ranks, device)), Display()
+    if config.data.packing and not config.model.cache_features:
+        check_packing(task.model)
+    if resume:
+        checkpoint.check_same_data(Path(config.run_dir), task.summary())
     display.line(config.to_yaml().rstrip())
     print_data(display, task.summary())
     memory = memory_per_rank(task, ranks)

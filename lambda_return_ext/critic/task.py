@@ -86,11 +86,34 @@ def prepare(config: Config, ranks: Ranks | None = None) -> Task:
         )
     torch.manual_seed(config.seed)
     model = build_model(backbone, config.data.max_length, config.training.value_loss.lambda_return.bias_init)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    check_fit(model, config, data, pad_id)
     if not to_be_sharded:  # else each rank puts only its shard on its device
         model.to(ranks.device)
         model.autocast_dtype = torch.bfloat16 if config.training.precision == "bfloat16" else None
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     return Task(config, ranks, backbone, data, sha256, pad_id, model, steps)
+
+
+def check_fit(model: ValueModel, config: Config, data: PairData, pad_id: int) -> None:
+    """Refuse a backbone without a row in its embedding for a token of the data, or for a position of a padded batch.
+
+    Raises:
+        UserError: it lacks one.
+    """
+    backbone, multiple = model.backbone.config, config.data.pad_to_multiple_of
+    solutions = (side for pair in data.train + data.validation for side in (pair.right, pair.wrong))
+    largest = max(pad_id, *(max(solution.prompt_ids + solution.output_ids) for solution in solutions))
+    rows, positions = (getattr(backbone, key, None) for key in ("vocab_size", "max_position_embeddings"))
+    if rows is not None and largest >= rows:
+        raise UserError(
+            f"model.backbone must know each token of its tokenizer, got vocab_size = {rows} and id {largest}"
+        )
+    padded = math.ceil(config.data.max_length / multiple) * multiple
+    if positions is not None and padded > positions:
+        raise UserError(
+            f"data.pad_to_multiple_of must keep data.max_length = {config.data.max_length} within the {positions} "
+            f"positions of {config.model.backbone}, got {multiple}: batches may be {padded} tokens wide"
+        )
 
 
 def total_steps(config: TrainingConfig, pairs: int) -> int:

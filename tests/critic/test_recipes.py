@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import content, steps_of, without_timing
+from conftest import VOCABULARY, content, make_records, save_backbone, steps_of, without_timing
+from test_backbones import make_backbone
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from lambda_return_ext.critic import checkpoint, trainer
 from lambda_return_ext.critic.checkpoint import flatten
@@ -181,6 +183,57 @@ def test_a_dry_run_shows_all_and_writes_nothing(train, tmp_path, capsys):
     assert "--ranks must be at least 1, got 0" in capsys.readouterr().err
     assert train("--dry-run", "--ranks", "2", "training.compile=true") == 2
     assert "training.compile must be false under torchrun, got true with 2 processes" in capsys.readouterr().err
+
+
+def gpt2(folder):
+    """A backbone with a learned embedding of 128 positions, and a tokenizer."""
+    save_backbone(folder)
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=128, vocab_size=len(VOCABULARY))
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_dry_run_refuses_what_the_run_refuses(train, write_pairs, tmp_path, monkeypatch, capsys):
+    whole = "model.cache_features=false"
+    mamba, file = save_backbone(tmp_path / "mamba"), tmp_path / "file"
+    make_backbone("Mamba", state_size=4).save_pretrained(mamba)
+    file.write_text("", encoding="utf-8")
+    wide = ["data.max_length=120", "data.pad_to_multiple_of=200"]
+    no_folder = f"run_dir = {file}/a/run must be writable: [Errno 20] Not a directory: '{file}'"
+    for arguments, message in (
+        ([whole, f"model.backbone={mamba}", "data.packing=true"], "data.packing must be false for this backbone"),
+        (
+            [f"model.backbone={gpt2(tmp_path / 'gpt2')}", *wide],
+            "data.pad_to_multiple_of must keep data.max_length = 120 within the 128 positions of",
+        ),
+        ([f"run_dir={file}/a/run"], no_folder),
+        (
+            ["model.from_scratch=true", whole, "model.config_overrides={vocab_size: 20}"],
+            "model.backbone must know each token of its tokenizer, got vocab_size = 20 and id 44",
+        ),
+    ):
+        for more in ([], ["--dry-run"]):
+            before = content(tmp_path)
+            assert train(*arguments, *more) == 2
+            assert message in capsys.readouterr().err
+            assert content(tmp_path) == before
+    assert train("training.max_steps=4") == 0
+    assert train("training.max_steps=4", "--resume", "--dry-run") == 0
+    write_pairs(make_records(seed=1))
+    capsys.readouterr()
+    for more in ([], ["--dry-run"]):
+        assert train("training.max_steps=4", "--resume", *more) == 2
+        assert "its content changed" in capsys.readouterr().err
+    monkeypatch.setattr(checkpoint.os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write anywhere
+    assert train(f"run_dir={tmp_path}/new/run", "--dry-run") == 2
+    assert f"must be writable: [Errno 13] Permission denied: '{tmp_path}'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a machine without a CUDA device")
+def test_a_dry_run_for_a_gpu_needs_none(train, capsys):
+    assert train("device=cuda") == 2
+    assert train("device=cuda", "--dry-run") == 0
+    assert "device: cuda" in capsys.readouterr().out
 
 
 def test_the_counted_memory_is_what_a_run_holds(train, run_dir, config_file):
