@@ -255,6 +255,8 @@ def test_the_gate_computes_occupancy(cuda_check, registers, shared, by_architect
         ("masked_mse_kernel<float, float>", {"float_atomics": {"RED.E.ADD.F32.FTZ.RN"}}, "adds floats in an order"),
         ("scan_rows<LambdaReturnOp<float>, 1>", {"registers": 65}, "occupancy of 38%, less than 50%"),
         ("scan_long_rows<LambdaReturnOp<float>>", {"registers": 65}, None),
+        ("scan_long_rows<LambdaReturnOp<float>>", {"registers": 129}, "occupancy of 12%, less than 25%"),
+        ("scan_long_rows<LambdaReturnOp<float>>", {"loads": {64}}, "no 128-bit global loads"),
         ("scan_rows<LambdaReturnOp<float>, 8>", {"loads": {64}}, "no 128-bit global loads"),
         ("scan_rows<LambdaReturnOp<float>, 8>", {"wide_accesses": 2}, "makes 2 128-bit accesses"),
         ("masked_mse_kernel<bfloat16, float>", {"wide_accesses": 3}, None),
