@@ -92,7 +92,7 @@ def plot_curves(run_dir: Path, results: Mapping[str, Any]) -> None:
     length.axhline(0.5, color="0.45", linestyle="--", linewidth=1)
     length.set_xticks(range(len(titles)), titles, fontsize=8)
     length.set_ylim(0, 1.05)
-    length.set_title("Pairwise accuracy by length, validation, best checkpoint")
+    length.set_title("Accuracy by length, best checkpoint, validation")
 
     warmup = max((record["step"] for record in steps if record["train/warmup_active"]), default=0)
     for axis in axes[:, :2].flat:

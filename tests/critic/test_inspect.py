@@ -294,6 +294,27 @@ def test_the_largest_drops_are_marked(page):
     assert page("return document.querySelectorAll('.card')[0].querySelectorAll('.wrong .plot .fall').length") == 2
 
 
+def test_no_mark_of_a_plot_stands_on_its_labels(page):
+    overlaps = """
+      const boxes = (plot, what) => [...plot.querySelectorAll(what)].map(e => e.getBoundingClientRect());
+      const meet = (a, b) => a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom;
+      return [...document.querySelectorAll('.plot')].map(plot => [
+        boxes(plot, '.n').length,
+        boxes(plot, '.n, .fall').filter(mark => boxes(plot, 'text:not(.n)').some(text => meet(mark, text))).length])"""
+    # Under "token 6" the wrong solution of the second pair has its lowest V.
+    assert page(overlaps) == [[3, 0], [2, 0], [2, 0], [2, 0], [2, 0], [2, 0]]
+
+
+def test_the_line_of_a_plot_is_broken_at_a_gap(page):
+    lines = """
+      const plot = document.querySelectorAll('.card')[2].querySelector(arguments[0] + ' .plot');
+      const places = (line) => [...line.points].map(p => Math.round(5 * (p.x - 52) / (plot.clientWidth - 60)));
+      return [...plot.querySelectorAll('polyline.' + arguments[1])].map(places)"""
+    assert page(lines, ".right", "v") == [[0, 1, 2, 3, 4, 5]]
+    for key in "vg":
+        assert page(lines, ".wrong", key) == [[0, 1], [3, 4, 5]]  # token 2 is the gap
+
+
 def test_a_narrow_window_puts_the_sides_under_one_another(page, browser):
     try:
         browser.set_window_size(700, 900)
