@@ -1,13 +1,21 @@
 """Plain-torch oracle of the operators: slow, differentiable, and written from the definitions.
 
-Every function has the signature of its twin in :mod:`lambda_return_ext.functional`. The loops follow the textbook
-recursion over *valid* positions rather than the carry of the kernels, so that one checks the other. Give it float64
-to get a reference value. Nothing at a masked position is used: ``torch.where`` keeps a NaN there out of the result
-and of its gradient.
+The scans, their losses and what is made of both have the signatures of their twins in
+:mod:`lambda_return_ext.functional`; :func:`token_losses` and :func:`reduce_losses` are the parts of a loss. The loops
+follow the textbook recursion over *valid* positions rather than the carry of the kernels, so that one checks the other.
+Give it float64 to get a reference value. Nothing at a masked position is used: ``torch.where`` keeps a NaN there out of
+the result and of its gradient.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+def _tokens(values: Tensor, dims: int) -> Tensor:
+    """Return values without a last 1 beyond ``dims``."""
+    return values.squeeze(-1) if values.dim() > dims else values
 
 
 def compute_lambda_return(
@@ -64,6 +72,7 @@ def lambda_return_varlen(
     bootstrap_values: Tensor | None = None,
 ) -> Tensor:
     """Lambda-returns [total] of packed sequences: each alone, as a padded batch of one."""
+    values = _tokens(values, 1)
     mask = torch.ones_like(values, dtype=torch.bool) if loss_mask is None else loss_mask
     parts = [values[:0]]
     for b, (begin, end) in enumerate(zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)):
@@ -79,6 +88,84 @@ def lambda_return_varlen(
             )[0]
         )
     return torch.cat(parts)
+
+
+def gae(
+    values: Tensor,
+    terminal_rewards: Tensor,
+    loss_mask: Tensor | None,
+    gamma: float | Tensor = 1.0,
+    lam: float | Tensor = 0.95,
+    *,
+    rewards: Tensor | None = None,
+    bootstrap_values: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    whiten: bool = False,
+    group: Any = None,
+) -> Tensor:
+    """Advantages: the lambda-returns less the values where valid, 0 elsewhere."""
+    values = _tokens(values, 2 if cu_seqlens is None else 1)
+    valid = torch.ones_like(values, dtype=torch.bool) if loss_mask is None else loss_mask != 0
+    returns = _returns(values, terminal_rewards, loss_mask, gamma, lam, rewards, bootstrap_values, cu_seqlens)
+    advantages = torch.where(valid, returns - values, 0.0)
+    return masked_whiten(advantages, valid, group=group) if whiten else advantages
+
+
+def _returns(
+    values: Tensor,
+    terminal_rewards: Tensor,
+    loss_mask: Tensor | None,
+    gamma: float | Tensor,
+    lam: float | Tensor,
+    rewards: Tensor | None,
+    bootstrap_values: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    """Lambda-returns, padded without ``cu_seqlens``, packed with it."""
+    options = {"rewards": rewards, "bootstrap_values": bootstrap_values}
+    if cu_seqlens is not None:
+        return lambda_return_varlen(values, terminal_rewards, cu_seqlens, loss_mask, gamma, lam, **options)
+    assert loss_mask is not None  # only packed rows have no padding
+    return compute_lambda_return(values, terminal_rewards, loss_mask, gamma, lam, **options)
+
+
+@torch.no_grad()
+def returns_and_advantages(
+    values: Tensor,
+    terminal_rewards: Tensor,
+    loss_mask: Tensor | None,
+    gamma: float | Tensor = 1.0,
+    lam_returns: float | Tensor = 1.0,
+    lam_advantages: float | Tensor = 0.95,
+    *,
+    rewards: Tensor | None = None,
+    bootstrap_values: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    whiten: bool = False,
+    group: Any = None,
+) -> tuple[Tensor, Tensor]:
+    """Lambda-returns and advantages, each with a lambda of its own, without gradient."""
+    values = _tokens(values, 2 if cu_seqlens is None else 1)
+    options: dict[str, Any] = {
+        "rewards": rewards,
+        "bootstrap_values": bootstrap_values,
+        "cu_seqlens": cu_seqlens,
+    }
+    scan = values, terminal_rewards, loss_mask, gamma
+    return _returns(*scan, lam_returns, **options), gae(*scan, lam_advantages, **options, whiten=whiten, group=group)
+
+
+def masked_whiten(x: Tensor, mask: Tensor | None, *, group: Any = None, eps: float = 1e-8) -> Tensor:
+    """Valid numbers with mean 0 and variance 1, in one process: ``group`` must be None."""
+    if group is not None:
+        raise ValueError(f"group must be None in the reference, got {group}")
+    valid = torch.ones_like(x, dtype=torch.bool) if mask is None else mask != 0
+    kept = x.detach()[valid].double()
+    whitened = torch.zeros_like(x, requires_grad=False)
+    if len(kept):
+        variance = kept.var() if len(kept) > 1 else torch.zeros_like(kept[0])
+        whitened[valid] = ((kept - kept.mean()) / (variance + eps).sqrt()).to(x.dtype)
+    return whitened
 
 
 def token_losses(
@@ -161,18 +248,109 @@ def masked_mse(values: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
     return (error**2).sum() / mask.sum().clamp(min=1)
 
 
+def lambda_value_loss_varlen(
+    value_logits: Tensor,
+    terminal_rewards: Tensor,
+    cu_seqlens: Tensor,
+    loss_mask: Tensor | None = None,
+    gamma: float | Tensor = 1.0,
+    lam: float | Tensor = 0.95,
+    *,
+    rewards: Tensor | None = None,
+    bootstrap_values: Tensor | None = None,
+    output_mask: Tensor | None = None,
+    loss: str = "mse",
+    delta: float = 1.0,
+    old_values: Tensor | None = None,
+    clip_range: float | None = None,
+    reduction: str = "token_mean",
+    normalizer: Tensor | None = None,
+    detach_targets: bool = True,
+    return_statistics: bool = False,
+) -> Any:
+    """Masked loss of packed values against their own lambda-returns, and with ``return_statistics`` its sums."""
+    outputs = _tokens(value_logits, 1)
+    counts = torch.ones_like(outputs, dtype=torch.bool) if loss_mask is None else loss_mask != 0
+    valid = counts if output_mask is None else output_mask != 0
+    counts = counts & valid
+    outputs = torch.where(valid, outputs, 0.0)  # a NaN at a masked position would survive the derivative of a sigmoid
+    values = outputs.sigmoid() if loss == "bce_with_logits" else outputs
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not detach_targets):
+        targets = lambda_return_varlen(
+            values,
+            terminal_rewards,
+            cu_seqlens,
+            valid,
+            gamma,
+            lam,
+            rewards=rewards,
+            bootstrap_values=bootstrap_values,
+        )
+    old_values = None if old_values is None else _tokens(old_values.detach(), 1)
+    losses, statistics = token_losses(outputs, targets, counts, loss, delta, old_values, clip_range or 0.0)
+    result = reduce_losses(losses, counts, reduction, normalizer, cu_seqlens)
+    return (result, statistics) if return_statistics else result
+
+
 def compute_lambda_value_loss(
     value_logits: Tensor,
     terminal_rewards: Tensor,
     attention_mask: Tensor,
     loss_mask: Tensor,
-    gamma: float = 1.0,
-    lam: float = 0.95,
-) -> Tensor:
-    """Masked squared error of values against their own lambda-returns, which are held constant."""
-    values = value_logits.squeeze(-1) if value_logits.dim() == 3 else value_logits
-    targets = compute_lambda_return(values.detach(), terminal_rewards.detach(), loss_mask, gamma, lam)
-    return masked_mse(values, targets, (attention_mask != 0) & (loss_mask != 0))
+    gamma: float | Tensor = 1.0,
+    lam: float | Tensor = 0.95,
+    *,
+    rewards: Tensor | None = None,
+    bootstrap_values: Tensor | None = None,
+    output_mask: Tensor | None = None,
+    loss: str = "mse",
+    delta: float = 1.0,
+    old_values: Tensor | None = None,
+    clip_range: float | None = None,
+    reduction: str = "token_mean",
+    normalizer: Tensor | None = None,
+    detach_targets: bool = True,
+    return_statistics: bool = False,
+) -> Any:
+    """Masked loss of values against their own lambda-returns: that of the rows in a pack, one after the other."""
+    values = _tokens(value_logits, 2)
+    B, T = values.shape
+
+    def packed(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.reshape(B * T)
+
+    result, statistics = lambda_value_loss_varlen(
+        values.reshape(B * T),
+        terminal_rewards,
+        T * torch.arange(B + 1, device=values.device),
+        packed((attention_mask != 0) & (loss_mask != 0)),
+        gamma,
+        lam,
+        rewards=packed(rewards),
+        bootstrap_values=bootstrap_values,
+        output_mask=packed(loss_mask if output_mask is None else output_mask),
+        loss=loss,
+        delta=delta,
+        old_values=packed(old_values),
+        clip_range=clip_range,
+        reduction=reduction,
+        normalizer=normalizer,
+        detach_targets=detach_targets,
+        return_statistics=True,
+    )
+    result = result.view(B, T) if reduction == "none" else result
+    return (result, statistics) if return_statistics else result
+
+
+def explained_variance(statistics: Tensor) -> Tensor:
+    """Share of the variance of G that V explains, [...], from sums [..., 6]; NaN where only rounding varies."""
+    results = []
+    for sums in statistics.reshape(-1, 6).tolist():
+        _one, returns, squared_returns, errors, squared_errors = (x / max(sums[0], 1.0) for x in sums[:5])
+        variance, left = squared_returns - returns**2, squared_errors - errors**2
+        varies = variance > 4096 * torch.finfo(statistics.dtype).eps * squared_returns
+        results.append(1.0 - left / variance if varies else float("nan"))
+    return torch.tensor(results, dtype=torch.float64, device=statistics.device).view(statistics.shape[:-1])
 
 
 def compute_mc_value_loss(value_logits: Tensor, rewards: Tensor, attention_mask: Tensor, loss_mask: Tensor) -> Tensor:

@@ -1,10 +1,28 @@
 """The oracle itself: against numbers worked out by hand and against the definition of the lambda-return."""
 
+import inspect
+
 import pytest
 import torch
 from ops_testing import DISCOUNTS, MASK_KINDS, make_batch, plain_lambda_return, poisoned
 
+import lambda_return_ext
 from lambda_return_ext import reference
+
+# Plain torch themselves: their tests write the formulas out.
+WITHOUT_TWIN = {
+    "build_info",
+    "compute_pairwise_accuracy",
+    "compute_token_variance",
+    "init_value_head_bias",
+    "pairwise_ranking_loss",
+}
+TWINS = {name for name in lambda_return_ext.__all__ if inspect.isfunction(getattr(lambda_return_ext, name))}
+
+
+@pytest.mark.parametrize("name", sorted(TWINS - WITHOUT_TWIN))
+def test_every_function_has_the_signature_of_its_twin(name):
+    assert inspect.signature(getattr(reference, name)) == inspect.signature(getattr(lambda_return_ext, name))
 
 
 def test_hand_computed_returns():
@@ -65,3 +83,19 @@ def test_eos_only_mask():
     mask = torch.tensor([[0, 1, 1, 0], [0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]])
     expected = [[0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]]
     assert reference.create_eos_only_mask(mask).tolist() == expected
+
+
+def test_explained_variance_of_worked_sums():
+    # G = 1, 2, 3 and V = 1, 2, 4: Var(G) = 2/3, Var(G - V) = 1/3 - 1/9 = 2/9.
+    sums = torch.tensor([[3.0, 6.0, 14.0, -1.0, 1.0, 0.0], [0.0] * 6, [2.0, 2.0, 2.0, 1.0, 1.0, 0.0]]).double()
+    expected = torch.tensor([1 - 1 / 3, torch.nan, torch.nan], dtype=torch.float64)
+    for function in (reference.explained_variance, lambda_return_ext.explained_variance):
+        torch.testing.assert_close(function(sums), expected, equal_nan=True)
+        torch.testing.assert_close(function(sums[0]), expected[0])
+
+
+def test_whitening_of_worked_numbers():
+    # Mean 2 and variance 1 of what is valid.
+    x, mask = torch.tensor([[1.0, torch.nan], [2.0, 3.0]]), torch.tensor([[1, 0], [1, 1]])
+    assert reference.masked_whiten(x, mask, eps=0.0).tolist() == [[-1.0, 0.0], [0.0, 1.0]]
+    assert reference.masked_whiten(x, mask * 0).tolist() == [[0.0, 0.0], [0.0, 0.0]]

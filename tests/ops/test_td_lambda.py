@@ -196,9 +196,10 @@ def test_strided_inputs(layout):
 
 @pytest.mark.parametrize("case", [padded(), packed()], ids=["padded", "packed"])
 def test_gae_is_the_sum_of_td_errors(case):
-    advantages = lr.gae(*case[:5], **case.options, cu_seqlens=case.cu_seqlens)
-    expected = torch.where(case.loss_mask, case.returns() - case.values, 0.0)
-    assert_close(advantages, expected)
+    options = {**case.options, "cu_seqlens": case.cu_seqlens}
+    advantages = lr.gae(*case[:5], **options)
+    assert_close(advantages, reference.gae(*case[:5], **options))
+    assert_close(lr.gae(*case[:5], **options, whiten=True), reference.gae(*case[:5], **options, whiten=True), 64)
     if case.cu_seqlens is None:  # equation 16 of the paper, term by term
         b = 3
         valid = case.loss_mask[b].nonzero()[:, 0].tolist()
@@ -223,6 +224,11 @@ def test_both_at_once_are_the_two_of_them(where, dtype):
     assert torch.equal(both[1], lr.gae(*case[:4], second, **case.options, cu_seqlens=case.cu_seqlens))
     assert not both[0].requires_grad
     assert not both[1].requires_grad
+    values, rewards = case.values.double(), case.rewards.double()
+    options = {"rewards": rewards, "bootstrap_values": case.bootstrap_values, "cu_seqlens": case.cu_seqlens}
+    exact = reference.returns_and_advantages(values, *case[1:4], case.lam, second, **options)
+    for mine, other in zip(both, exact, strict=True):
+        assert_close(mine, other)
 
 
 def test_whitening_has_mean_0_and_variance_1_over_valid_tokens():
@@ -234,6 +240,8 @@ def test_whitening_has_mean_0_and_variance_1_over_valid_tokens():
     assert abs(valid.mean()) < 1e-6
     assert abs(valid.std() - 1) < 1e-5
     assert (advantages[~case.loss_mask] == 0).all()
+    x = case.values.double()
+    torch.testing.assert_close(lr.masked_whiten(x, None, eps=0.25), reference.masked_whiten(x, None, eps=0.25))
     one = torch.zeros(2, 3, dtype=torch.bool)
     one[0, 1] = True
     assert (lr.masked_whiten(torch.full((2, 3), float("nan")).masked_fill(one, 5.0), one) == 0).all()

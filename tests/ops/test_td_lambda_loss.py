@@ -33,13 +33,14 @@ def outputs_for(loss, case):
     return case.values, old.to(case.values.dtype)
 
 
-def ours(case, outputs, **options):
+def loss_of(module, case, outputs, **options):
+    """The loss by the package or by the reference, which have the same functions."""
     if case.cu_seqlens is None:
-        return lr.compute_lambda_value_loss(
+        return module.compute_lambda_value_loss(
             outputs, case.terminal_rewards, attention(case), case.loss_mask, case.gamma, case.lam, **options
         )
     # The packed form has one mask: the window is what attention leaves of it.
-    return lr.lambda_value_loss_varlen(
+    return module.lambda_value_loss_varlen(
         outputs,
         case.terminal_rewards,
         case.cu_seqlens,
@@ -51,29 +52,15 @@ def ours(case, outputs, **options):
     )
 
 
-def expected(case, outputs, loss="mse", reduction="token_mean", normalizer=None, **options):
-    """The same in float64 by the reference, with the targets held constant."""
-    outputs = outputs.double()
-    values = outputs.sigmoid() if loss == "bce_with_logits" else outputs
-    targets = case.returns(
-        reference.compute_lambda_return if case.cu_seqlens is None else reference.lambda_return_varlen,
-        values=values.detach(),
-        rewards=options.pop("rewards", None),
-        bootstrap_values=options.pop("bootstrap_values", None),
-    )
-    counts = case.loss_mask & attention(case)
-    losses, statistics = reference.token_losses(outputs, targets, counts, loss, **options)
-    return reference.reduce_losses(losses, counts, reduction, normalizer, case.cu_seqlens), statistics
+def ours(case, outputs, **options):
+    return loss_of(lr, case, outputs, **options)
 
 
 def assert_equals_reference(case, outputs, tolerance, **options):
     x = leaf(outputs)
     result, statistics = ours(case, x, return_statistics=True, **options)
     y = leaf(outputs.double())
-    for name in ("old_values",):
-        if options.get(name) is not None:
-            options[name] = options[name].double()
-    exact, exact_statistics = expected(case, y, **options)
+    exact, exact_statistics = loss_of(reference, case, y, return_statistics=True, **options)
     assert result.dtype == (torch.float64 if outputs.dtype == torch.float64 else torch.float32)
     torch.testing.assert_close(result.double(), exact, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(statistics, exact_statistics, rtol=tolerance, atol=tolerance)
