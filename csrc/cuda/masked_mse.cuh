@@ -24,6 +24,13 @@ struct MseInputs {
   int64_t blocks() const { return B * tiles() < kMseMaxBlocks ? B * tiles() : kMseMaxBlocks; }
   Alignment<N> alignment() const { return Alignment<N>(B).add(values).add(targets).add(mask); }
 
+  // No token depends on another: rows that follow one another without space, those written among them, are one long
+  // row, so that short ones leave no thread of a tile idle.
+  MseInputs joined(int64_t written_stride) const {
+    const bool joins = values.stride == T && targets.stride == T && mask.stride == T && written_stride == T;
+    return joins ? MseInputs{1, B * T, values, targets, mask} : *this;
+  }
+
   // Calls body(row, first, errors, counts) for this thread's chunks: the error of each token and whether it counts.
   template <class Body>
   __device__ __forceinline__ void for_chunks(const Chunking& chunking, const Body& body) const {
@@ -86,7 +93,7 @@ __global__ void __launch_bounds__(kMseThreads, 4) masked_mse_backward_kernel(
   });
 }
 
-// Bytes of workspace of the forward: a done counter, then a partial sum a block.
+// Bytes of workspace of the forward: a done counter, then a partial sum a block. Rows that are joined need no more.
 template <class scalar_t, class target_t>
 int64_t masked_mse_workspace_bytes(const MseInputs<scalar_t, target_t>& in) {
   return 16 + in.blocks() * int64_t(sizeof(SquaredError));
@@ -95,8 +102,9 @@ int64_t masked_mse_workspace_bytes(const MseInputs<scalar_t, target_t>& in) {
 // B > 0 and T > 0. workspace is 16-byte aligned.
 template <class scalar_t, class target_t>
 void launch_masked_mse(
-    const MseInputs<scalar_t, target_t>& in, accumulate_t<scalar_t>* loss, int64_t* num_tokens, void* workspace,
+    const MseInputs<scalar_t, target_t>& rows, accumulate_t<scalar_t>* loss, int64_t* num_tokens, void* workspace,
     cudaStream_t stream) {
+  const auto in = rows.joined(rows.T);
   clear_async(workspace, sizeof(unsigned), stream);
   const Chunking chunking{in.T, in.alignment().vectorized()};
   auto* partials = reinterpret_cast<SquaredError*>(static_cast<char*>(workspace) + 16);
@@ -107,8 +115,9 @@ void launch_masked_mse(
 
 template <class scalar_t, class target_t>
 void launch_masked_mse_backward(
-    const MseInputs<scalar_t, target_t>& in, const accumulate_t<scalar_t>* grad_loss, const int64_t* num_tokens,
+    const MseInputs<scalar_t, target_t>& rows, const accumulate_t<scalar_t>* grad_loss, const int64_t* num_tokens,
     Rows<scalar_t> grad_values, cudaStream_t stream) {
+  const auto in = rows.joined(grad_values.stride);
   const Chunking chunking{in.T, in.alignment().add(grad_values).vectorized()};
   LAMBDA_RETURN_LAUNCH(
       (masked_mse_backward_kernel<scalar_t, target_t>), in.blocks(), kMseThreads, stream, in, chunking, grad_loss,
