@@ -200,7 +200,11 @@ def check_same_data(run_dir: Path, data: Mapping[str, Any]) -> None:
         UserError: the run in the folder was trained on other data.
     """
     path = run_dir / DATA
-    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != data:
+    try:
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else data
+    except ValueError as error:
+        raise UserError(f"{path} must be what a run wrote there: {error}") from error
+    if before != data:
         raise UserError(f"{data['path']} is not the file that the run in {run_dir} was trained on: its content changed")
 
 
@@ -220,7 +224,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return tensors, json.loads(file.metadata()["state"])
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:  # the last three of a foreign header
         raise UserError(f"{path} must be a checkpoint of this trainer: {error}") from error
 
 
@@ -229,6 +233,11 @@ def load_model(model: ValueModel, tensors: Mapping[str, Tensor]) -> None:
     wanted = model.saved_tensors()
     if wanted.keys() != tensors.keys():
         raise UserError(f"the checkpoint must hold {sorted(wanted)}, got {sorted(tensors)}")
+    for name, tensor in tensors.items():
+        if tensor.shape != wanted[name].shape:
+            raise UserError(
+                f"the checkpoint must hold a {name} of shape {list(wanted[name].shape)}, got {list(tensor.shape)}"
+            )
     model.load_state_dict({name: shard_like(tensors[name], wanted[name]) for name in wanted}, strict=False)
 
 

@@ -212,7 +212,7 @@ class Config(Section):
     """Everything a run depends on; saved with it as `config.yaml`."""
 
     run_dir: Text
-    seed: Count = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0  # torch takes one bit more, and each rank adds its number
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: PositiveInt | None = None
     data: DataConfig
@@ -293,12 +293,15 @@ def _explain(fault: Any) -> str:
 
 
 def _nearest_key(key: str) -> str:
-    """The valid key most like `key`; a right name in the wrong section counts as near."""
+    """The valid key most like `key`; a right name in the wrong section, and initials of one in this, count as near."""
+    section, _, name = key.rpartition(".")
 
     def likeness(candidate: str) -> float:
+        its_section, _, its_name = candidate.rpartition(".")
         whole = difflib.SequenceMatcher(None, key, candidate).ratio()
-        name = difflib.SequenceMatcher(None, key.split(".")[-1], candidate.split(".")[-1]).ratio()
-        return whole + 3 * name
+        is_short_for = name == "".join(word[0] for word in its_name.split("_"))
+        alike = 1.0 if is_short_for else difflib.SequenceMatcher(None, name, its_name).ratio()
+        return whole + 3 * alike + (section == its_section)
 
     return max(_keys(Config), key=likeness)
 

@@ -203,7 +203,7 @@ def add_lora(backbone: nn.Module, config: LoraConfig) -> None:
     )
     try:
         peft.inject_adapter_in_model(settings, backbone)
-    except ValueError as error:
+    except (ValueError, re.error) as error:
         raise UserError(f"model.lora.target_modules = {config.target_modules!r} does not fit: {error}") from error
     for parameter in backbone.parameters():
         if parameter.requires_grad:
@@ -336,14 +336,25 @@ class Backbone:
         for key, value in self.settings.config_overrides.items():
             if not hasattr(config, key):
                 raise UserError(f"model.config_overrides.{key} must be a key of the configuration of {self.name}")
-            setattr(config, key, value)
+            with self._refuse(f"model.config_overrides.{key} must fit {self.name}, got {value!r}"):
+                setattr(config, key, value)
+        if config.num_hidden_layers < 1:
+            raise UserError(
+                f"model.config_overrides.num_hidden_layers must be at least 1, got {config.num_hidden_layers}"
+            )
+        types = getattr(config, "layer_types", None) or []
+        if len(types) > config.num_hidden_layers:  # such a model could not be saved
+            config.layer_types = types[: config.num_hidden_layers]
         positions = getattr(config, "max_position_embeddings", None)
         if positions is not None and max_length > positions:
             raise UserError(f"data.max_length must be at most {positions} for {self.name}, got {max_length}")
         if self.settings.from_scratch:
             trust = self.settings.trust_remote_code
-            return AutoModel.from_config(config, trust_remote_code=trust, **self._how())
-        model = self._load(AutoModel, config=whole, **self._how())
+            with self._refuse(self._could_not()):
+                return AutoModel.from_config(config, trust_remote_code=trust, **self._how())
+        model, report = self._load(AutoModel, config=whole, output_loading_info=True, **self._how())
+        if missing := report["missing_keys"]:
+            raise UserError(f"{self._could_not()}: its files have no weights for {min(missing)}")
         return model if config is whole else model.get_decoder()
 
     def language_model(self) -> nn.Module:
@@ -366,12 +377,28 @@ class Backbone:
         # Layers that were left out on purpose would be reported as unexpected weights.
         logging.set_verbosity_error()
         logging.disable_progress_bar()
+        # The bar drawn while a GGUF file is read has no switch of its own.
+        with self._refuse(self._could_not()), contextlib.redirect_stderr(io.StringIO()):
+            return auto_class.from_pretrained(self._folder, **self._source, **kwargs)
+
+    def _could_not(self) -> str:
+        overrides = self.settings.config_overrides
+        how = f" with model.config_overrides = {overrides}" if overrides else ""
+        return f"model.backbone = {self.name} could not be loaded{how}"
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _refuse(what: str) -> Iterator[None]:
+        """Say in a sentence what transformers says of a damaged file or a wrong configuration, by errors of any kind.
+
+        Raises:
+            UserError: something was raised within.
+        """
         try:
-            # The bar drawn while a GGUF file is read has no switch of its own.
-            with contextlib.redirect_stderr(io.StringIO()):
-                return auto_class.from_pretrained(self._folder, **self._source, **kwargs)
-        except (OSError, ValueError, ImportError) as error:
-            raise UserError(f"model.backbone = {self.name} could not be loaded: {error}") from error
+            yield
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{what}: {type(error).__name__}: {reason}") from error
 
 
 def build_model(backbone: Backbone, max_length: int, bias_init: float | None) -> ValueModel:

@@ -291,6 +291,19 @@ def test_a_hub_name_is_what_transformers_loads(tiny_backbone, tmp_path):
             ["model.lora.rank=2", "model.cache_features=false", "model.lora.target_modules=[nothing]"],
             "model.lora.target_modules = ['nothing'] does not fit",
         ),
+        (
+            ["model.lora.rank=2", "model.cache_features=false", "model.lora.target_modules='*_proj'"],
+            "model.lora.target_modules = '*_proj' does not fit: nothing to repeat",
+        ),
+        (["model.config_overrides={hidden_size: 64}"], "with model.config_overrides = {'hidden_size': 64}"),
+        (["model.config_overrides={hidden_act: foo}"], "with model.config_overrides = {'hidden_act': 'foo'}"),
+        (["model.config_overrides={num_hidden_layers: 3}"], "its files have no weights for layers.2."),
+        (["model.config_overrides={num_hidden_layers: -1}"], "num_hidden_layers must be at least 1, got -1"),
+        (["model.config_overrides={num_hidden_layers: x}"], "model.config_overrides.num_hidden_layers must fit"),
+        (
+            ["model.config_overrides={hidden_act: foo}", "model.from_scratch=true"],
+            "could not be loaded with model.config_overrides = {'hidden_act': 'foo'}",
+        ),
         (["model.lora.rnk=2"], "unknown config key 'model.lora.rnk'; the nearest valid key is 'model.lora.rank'"),
         (
             ["model.head.type=sigmoid", "training.value_loss.lambda_return.bias_init=1.5"],
@@ -302,6 +315,31 @@ def test_a_mistake_is_named_before_anything_is_written(train, run_dir, capsys, o
     assert train(*overrides) == 2
     assert message in capsys.readouterr().err
     assert not run_dir.exists()
+
+
+def test_a_damaged_backbone_is_named(tiny_backbone, tmp_path):
+    folder = tmp_path / "cut"
+    shutil.copytree(tiny_backbone, folder)
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:-100])
+    with pytest.raises(UserError, match=r"model.backbone = .*cut could not be loaded: SafetensorError"):
+        build(folder)
+    for content in (b"GGUF", b"no model at all"):
+        (tmp_path / "cut.gguf").write_bytes(content)
+        with pytest.raises(UserError, match=r"model.backbone = .*cut.gguf could not be loaded"):
+            build(tmp_path / "cut.gguf")
+
+
+@pytest.mark.parametrize("name", ["Qwen2", "Gemma3Text"])
+def test_a_backbone_with_fewer_layers_can_be_saved(tmp_path, inputs, name):
+    config = getattr(transformers, f"{name}Config")(**SIZES, pad_token_id=0)
+    transformers.AutoModel.from_config(config).save_pretrained(tmp_path / "whole")
+    model = build(tmp_path / "whole", layers=1)
+    model.save_pretrained(tmp_path / "saved")
+    again = ValueModel.from_pretrained(tmp_path / "saved")
+    assert len(again.backbone.layers) == 1
+    with torch.no_grad():
+        torch.testing.assert_close(again(*inputs), model(*inputs), rtol=1e-5, atol=1e-6)
 
 
 # ---- adapters ----------------------------------------------------------------------------------------------------

@@ -66,6 +66,10 @@ def test_resolved_config_reads_back_as_itself(config_file, tmp_path):
     [
         ("training.value_los.use_pairwise=true", "unknown config key 'training.value_los'.*'training.value_loss'"),
         ("training.lam=0.9", f"unknown config key 'training.lam'.*'{LOSS}.lambda_return.lam'"),
+        ("training.lr=0.1", "unknown config key 'training.lr'.*'training.learning_rate'"),
+        ("model.lora.lr=0.1", "unknown config key 'model.lora.lr'.*'model.lora.learning_rate'"),
+        ("training.steps=3", "unknown config key 'training.steps'.*'training.max_steps'"),
+        ("seed=18446744073709551616", "seed must be less than 9223372036854775808, got 18446744073709551616"),
         ("warmup_steps=3", f"unknown config key 'warmup_steps'.*'{LOSS}.lambda_return.warmup_steps'"),
         ("training.batch_size=many", "training.batch_size must be a valid integer, got 'many'"),
         ("training.batch_size=0", "training.batch_size must be greater than or equal to 1, got 0"),

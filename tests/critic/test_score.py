@@ -6,9 +6,10 @@ import pyarrow.parquet
 import pytest
 import torch
 from conftest import make_records
+from safetensors.torch import save_file
 
 from lambda_return_ext import compute_lambda_return
-from lambda_return_ext.critic import scoring, trainer
+from lambda_return_ext.critic import checkpoint, scoring, trainer
 from lambda_return_ext.critic.cli import main
 from lambda_return_ext.critic.scoring import load_critic, score_file
 from lambda_return_ext.critic.task import load_run
@@ -175,6 +176,27 @@ def test_nothing_that_fits_makes_a_file_without_rows(run, write_pairs, tmp_path)
     row = {"prompt": "w1", "completion": "w2 " * 70, "label": True}
     score_file(run, str(write_pairs([row], "rows.jsonl")), str(tmp_path / "scores.parquet"))
     assert records_of(tmp_path / "scores.parquet") == []
+
+
+def test_a_damaged_run_is_named(run, write_pairs, tmp_path, capsys):
+    best, data = tmp_path / "run/best.safetensors", tmp_path / "run/data.json"
+    good = best.read_bytes()
+    tensors, _ = checkpoint.load_tensors(best)
+    command = ["score", str(write_pairs(ROWS, "rows.jsonl")), "--run", run, "--output", str(tmp_path / "s.jsonl")]
+    save_file(tensors, best)
+    assert main(command) == 2
+    assert f"{best} must be a checkpoint of this trainer" in capsys.readouterr().err
+    best.write_bytes(good[:-10])
+    assert main(command) == 2
+    assert f"{best} must be a checkpoint of this trainer" in capsys.readouterr().err
+    checkpoint.save_tensors(best, {name: tensor[:1].clone() for name, tensor in tensors.items()}, {"step": 1})
+    assert main(command) == 2
+    assert "the checkpoint must hold a value_head.0.bias of shape [16], got [1]" in capsys.readouterr().err
+    best.write_bytes(good)
+    assert main(command) == 0
+    data.write_text("{", encoding="utf-8")
+    assert main(["evaluate", run]) == 2
+    assert f"{data} must be what a run wrote there" in capsys.readouterr().err
 
 
 def test_what_score_refuses_leaves_nothing_behind(run, write_pairs, tmp_path, capsys):
