@@ -128,8 +128,8 @@ def check_discount(name: str, x: float | Tensor, values: Tensor, rows: int) -> T
     if not isinstance(x, Tensor):
         return torch.full((), check_unit_interval(name, x), dtype=torch.float64, device=values.device)
     check_tensor(name, x)
-    if not x.is_floating_point():
-        raise TypeError(f"{name} must be a float or a floating tensor, got {x.dtype}")
+    if x.dtype not in VALUE_DTYPES:
+        raise TypeError(f"{name} must be a float or a float32, bfloat16, float16 or float64 tensor, got {x.dtype}")
     if x.dim() > 1 or (x.dim() == 1 and x.shape[0] != rows):
         raise ValueError(f"{name} must be a float, 0-dim or of shape [B] = [{rows}], got {list(x.shape)}")
     if x.device != values.device:

@@ -120,6 +120,9 @@ def test_device(call, name):
     check(call, {name: call[1][name].to("meta")}, ValueError, message)
 
 
+A_DISCOUNT = "must be a float or a float32, bfloat16, float16 or float64 tensor"
+
+
 @pytest.mark.parametrize("gamma_or_lam", ["gamma", "lam"])
 @pytest.mark.parametrize("call", [LAMBDA_RETURN, LOSS], ids=["return", "loss"])
 @pytest.mark.parametrize(
@@ -134,7 +137,8 @@ def test_device(call, name):
         (None, TypeError, "must be a float, got NoneType"),
         (True, TypeError, "must be a float, got bool"),
         (0.5j, TypeError, "must be a float, got complex"),
-        (torch.tensor(1), TypeError, "must be a float or a floating tensor, got torch.int64"),
+        (torch.tensor(1), TypeError, f"{A_DISCOUNT}, got torch.int64"),
+        (torch.tensor(0.5).to(torch.float8_e5m2), TypeError, f"{A_DISCOUNT}, got torch.float8_e5m2"),
         (torch.tensor(1.5), ValueError, "must be in [0, 1], got 1.5"),
         (torch.ones(5), ValueError, "must be a float, 0-dim or of shape [B] = [2], got [5]"),
         (torch.tensor(0.5, device="meta"), ValueError, "must be on the device of the values, cpu, got meta"),
