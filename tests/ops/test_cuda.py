@@ -1,13 +1,18 @@
 """The contract of every operator again, on the device. Everything is compared with the CPU operators in float64.
 
 All of it is skipped without a CUDA device or without the CUDA kernels, with the reason. Under compute-sanitizer:
-``compute-sanitizer --tool memcheck python -m pytest tests/ops/test_cuda.py`` (and racecheck, initcheck, synccheck).
+``compute-sanitizer --tool racecheck python -m pytest -m "not profiler" -k "not 2_to_the_31" tests/ops/test_cuda.py``
+and the other tools as in docs/cuda.md.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from hypothesis import given
 from ops_testing import (
     DISCOUNTS,
     HALF_DTYPES,
@@ -15,19 +20,23 @@ from ops_testing import (
     MASK_DTYPES,
     MASK_KINDS,
     OPCHECK_DTYPES,
+    PROPERTY,
     VALUE_DTYPES,
     Batch,
+    batches,
     leaf,
     make_batch,
     make_grad,
     mask_as,
     poisoned,
+    unit_floats,
 )
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
 
 import lambda_return_ext as lr
+from lambda_return_ext._registrations import LOSS_KINDS, REDUCTIONS
 
 ops = torch.ops.lambda_return
 CUDA_KERNELS = torch.cuda.is_available() and lr._cuda.available
@@ -95,6 +104,27 @@ def test_every_shape(dtype, B, T):
     assert_like_cpu(make_batch("conversation", B, T, dtype))
 
 
+@given(batch=batches(), gamma=unit_floats, lam=unit_floats)
+@PROPERTY
+def test_property(batch, gamma, lam):
+    assert_like_cpu(batch, gamma, lam)
+
+
+def test_a_tensor_on_another_device_is_named():
+    values, rewards, attention_mask, mask = make_batch("gaps", 3, 9, torch.float32)
+    values, rewards = values.cuda(), rewards.cuda()
+    message = "loss_mask must be on the device of the values, cuda:0, got cpu"
+    for lam in (0.95, torch.tensor(0.95, device="cuda")):
+        with pytest.raises(ValueError, match=message):
+            lr.compute_lambda_return(values, rewards, mask, 1.0, lam)
+        with pytest.raises(ValueError, match=message):
+            lr.compute_lambda_value_loss(values, rewards, attention_mask.cuda(), mask, 1.0, lam)
+    with pytest.raises(ValueError, match="lam must be on the device of the values, cuda:0, got cpu"):
+        lr.compute_lambda_return(values, rewards, mask.cuda(), 1.0, torch.tensor(0.95))
+    with pytest.raises(RuntimeError, match="device"):
+        ops.lambda_return(values, rewards, mask)
+
+
 @pytest.mark.parametrize(("gamma", "lam"), DISCOUNTS)
 @pytest.mark.parametrize("kind", MASK_KINDS)
 @pytest.mark.parametrize("shape", [(3, 300), (600, 37), (2, 9000)])
@@ -149,7 +179,7 @@ def general_inputs(
         *(x.to(device) for x in flat[4:]),
         ((torch.arange(len(lengths)) + seed) % 5 / 8).to(device, acc),
         (1 - (torch.arange(len(lengths), dtype=torch.float64) + seed) % 7 / 500).to(device),
-        *(torch.tensor(x, dtype=torch.float64, device=device) for x in (0.95, 0.5)),
+        *(torch.tensor(x + seed / 50, dtype=torch.float64, device=device) for x in (0.875, 0.5)),
         torch.ones((), dtype=acc, device=device),
         starts.to(device) if packed else None,
     )
@@ -374,6 +404,7 @@ def test_categorical_opcheck():
     opcheck(ops.categorical_value_loss_backward.default, (general.one, *saved))
 
 
+@pytest.mark.profiler
 def test_categorical_is_two_kernels_forward_and_one_backward():
     inputs = categorical_inputs(*GENERAL_SHAPES["rows"], torch.float32, "cuda")
     categorical_outputs(inputs)
@@ -465,13 +496,16 @@ def test_opcheck(dtypes):
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 def test_compile_whole_with_dynamic_shapes():
+    torch._dynamo.reset()
     compiled = torch.compile(lr.compute_lambda_value_loss, fullgraph=True, dynamic=True)
-    for B, T in ((3, 20), (4, 33), (7, 9000)):
+    for i, (B, T) in enumerate(((3, 20), (4, 33), (7, 9000))):
         batch = on(make_batch("gaps", B, T, torch.float32))
         values, expected = leaf(batch.values), leaf(batch.values)
-        compiled(values, *batch[1:]).backward()
+        with torch.compiler.set_stance("fail_on_recompile" if i else "default"):
+            compiled(values, *batch[1:]).backward()
         lr.compute_lambda_value_loss(expected, *batch[1:]).backward()
         assert torch.equal(values.grad, expected.grad)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 # Of inputs by seed: all outputs of the operators for equal rows, of the general ones and of the classification loss.
@@ -493,26 +527,52 @@ WORK = {
 }
 
 
+def capture(compute: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """Capture compute once; return the graph and the outputs that its replays write."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        compute()  # warm up off the default stream, as capture asks
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = compute()
+    return graph, outputs
+
+
 @pytest.mark.parametrize("work", WORK)
 def test_graph_replay_with_changed_inputs(work):
     make_inputs, compute = WORK[work]
     static = make_inputs(0)
     grad = make_grad(make_batch("gaps", *static[0].shape, torch.float32)).cuda() if compute is all_outputs else None
     arguments = (static,) if grad is None else (static, 1.0, 0.95, None, grad)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        compute(*arguments)  # warm up off the default stream, as capture asks
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = compute(*arguments)
+    graph, captured = capture(lambda: compute(*arguments))
     for seed in range(3):
         for buffer, fresh in zip(static, make_inputs(seed), strict=True):
             if buffer is not None:
                 buffer.copy_(fresh)
         graph.replay()
         assert all(torch.equal(x, captured[name]) for name, x in compute(*arguments).items())
+
+
+@pytest.mark.parametrize("shape", [(8, 300), (2, 50_000)])
+def test_one_graph_for_a_lambda_that_changes(shape):
+    batch = on(make_batch("gaps", *shape, torch.float32))
+    values, lam_buffer = leaf(batch.values), torch.zeros((), device="cuda")
+
+    def forward_and_backward(lam: float | Tensor) -> tuple[Tensor, Tensor]:
+        loss = lr.compute_lambda_value_loss(values, *batch[1:], 0.99, lam=lam)
+        return loss.detach(), *torch.autograd.grad(loss, values)
+
+    graph, captured = capture(lambda: forward_and_backward(lam_buffer))
+    losses = set()
+    for lam in (0.25, 0.75, 1.0):
+        lam_buffer.fill_(lam)
+        graph.replay()
+        losses.add(captured[0].item())
+        assert all(map(torch.equal, captured, forward_and_backward(lam_buffer)))
+        torch.testing.assert_close(captured, forward_and_backward(lam), rtol=2e-5, atol=2e-5)
+    assert len(losses) == 3
 
 
 @pytest.mark.parametrize("work", WORK)
@@ -550,21 +610,55 @@ def test_second_device_while_the_first_is_current():
         assert torch.equal(x.cpu(), general[0][name].cpu())
 
 
+def train_on_everything(general: General) -> None:
+    """The public general functions with tensors for gamma and lam, every loss, and the backward of each."""
+    values, terminal, mask = leaf(general.values), general.terminal, general.mask
+    scan = (general.gamma, general.lam)
+    options = {"rewards": general.rewards, "bootstrap_values": terminal}
+    if general.cu_seqlens is None:
+        returns = lr.compute_lambda_return(values, terminal, mask, *scan, **options)
+        loss_of = partial(lr.compute_lambda_value_loss, values, terminal, general.attention_mask, mask, *scan)
+    else:
+        returns = lr.lambda_return_varlen(values, terminal, general.cu_seqlens, mask, *scan, **options)
+        loss_of = partial(lr.lambda_value_loss_varlen, values, terminal, general.cu_seqlens, mask, *scan)
+    advantages = {"cu_seqlens": general.cu_seqlens, "whiten": True}
+    total = returns.sum() + lr.gae(values, terminal, mask, *scan, **options, **advantages).sum()
+    pair = lr.returns_and_advantages(values, terminal, mask, *scan, general.other_lam, **options, **advantages)
+    total = total + sum(x.sum() for x in pair)
+    for turn, (loss, detach_targets) in enumerate(product(LOSS_KINDS, (True, False))):
+        if loss == "bce" and not detach_targets:
+            continue  # torch's own, which stops the device where a target is no probability
+        clipped = {} if loss.startswith("bce") else {"old_values": general.old, "clip_range": 0.25}
+        result, statistics = loss_of(
+            **options,
+            **clipped,
+            loss=loss,
+            reduction=REDUCTIONS[turn % len(REDUCTIONS)],
+            detach_targets=detach_targets,
+            return_statistics=True,
+        )
+        total = total + result.sum() + lr.explained_variance(statistics)
+    total.backward()
+
+
 def test_no_host_synchronisation():
     batch = on(make_batch("gaps", 8, 300, torch.float32))
     values = leaf(batch.values)
-    inputs = general_inputs(*GENERAL_SHAPES["long packed"], torch.float32, "cuda")
+    inputs = [general_inputs(*GENERAL_SHAPES[shape], torch.float32, "cuda") for shape in ("rows", "long packed")]
     logits = categorical_inputs(*GENERAL_SHAPES["long packed"], torch.float32, "cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
         lr.compute_lambda_value_loss(values, *batch[1:]).backward()
         lr.create_eos_only_mask(batch.loss_mask)
-        general_outputs(inputs)
+        for general in inputs:
+            general_outputs(general)
+            train_on_everything(general)
         categorical_outputs(logits)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.profiler
 @pytest.mark.parametrize("shape", [(64, 100), (700, 3000), (3, 50_000)])
 def test_one_kernel_and_one_small_memset_a_direction(shape):
     batch = on(make_batch("gaps", *shape, torch.float32))
