@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._arguments import check_choice, check_cu_seqlens, check_discount, check_like, check_rewards, check_value_logits
-from .functional import compute_lambda_value_loss
+from ._arguments import check_choice, check_cu_seqlens, check_discount, check_like, check_value_logits
+from ._registrations import REDUCTIONS
+from .functional import _check_loss, _check_scan, _Scan, _value_loss
 
 _ops = torch.ops.lambda_return
 
@@ -176,17 +177,28 @@ def _local(name: str, x: Any, mesh: Any) -> Any:
     return x.to_local()
 
 
-def _enter(values: Any, group: Any) -> tuple[Tensor, Any, Any]:
+def _enter(name: str, values: Any, group: Any) -> tuple[Tensor, Any, Any]:
     """Return local values, their mesh if they are a DTensor that is sharded on T, and the group."""
     mesh = getattr(values, "device_mesh", None)
     if mesh is None:
-        return check_value_logits("values", values), None, group
+        return check_value_logits(name, values), None, group
     if mesh.ndim != 1 or not values.placements[0].is_shard(1):
         raise ValueError(
-            f"values must be sharded on T over a mesh of one dimension, got {values.placements} on {mesh}: pass "
-            "values.to_local() and the group of the context-parallel dimension instead"
+            f"{name} must be sharded on T over a mesh of one dimension, got {values.placements} on {mesh}: pass "
+            f"{name}.to_local() and the group of the context-parallel dimension instead"
         )
-    return check_value_logits("values", values.to_local()), mesh, mesh.get_group()
+    return check_value_logits(name, values.to_local()), mesh, mesh.get_group()
+
+
+def _leave(x: Tensor, values: Any, mesh: Any) -> Any:
+    """Return x [B, T of this rank] as a DTensor if the values are one."""
+    if mesh is None:
+        return x
+    from torch.distributed.tensor import DTensor
+
+    # Without a shape, T would be taken for the ranks times the tokens of this one.
+    shape = torch.Size((x.shape[0], values.shape[1]))
+    return DTensor.from_local(x, mesh, values.placements, run_check=False, shape=shape, stride=(shape[1], 1))
 
 
 def context_parallel_lambda_return(
@@ -199,6 +211,7 @@ def context_parallel_lambda_return(
     group: Any = None,
     layout: str = "contiguous",
     rewards: Tensor | None = None,
+    bootstrap_values: Tensor | None = None,
 ) -> Tensor:
     """TD(lambda) targets of sequences whose tokens are split over the ranks of a group.
 
@@ -215,40 +228,37 @@ def context_parallel_lambda_return(
         group: a torch.distributed process group; None: the default one.
         layout: ``contiguous`` or ``zigzag``, see the module. Each rank holds equally many tokens in the latter.
         rewards: r, [B, T of this rank], any real dtype.
+        bootstrap_values: b, [B], any real dtype, the same on every rank; 0 for a sequence that is not truncated.
 
     Returns:
-        G of this rank's tokens, as ``values``. Differentiable once in values, rewards and terminal_rewards; the
-        gradient of the last is whole on every rank.
+        G of this rank's tokens, as ``values``. Differentiable once in values, rewards, terminal_rewards and
+        bootstrap_values; the gradient of the last two is whole on every rank.
 
     Raises:
         TypeError: a tensor argument is no tensor or has an unsupported dtype; gamma or lam is no real number.
         ValueError: a shape, device or placement does not match; gamma, lam or the layout is not as above.
     """
-    local, mesh, group = _enter(values, group)
+    local, mesh, group = _enter("values", values, group)
     mask, rewards = _local("loss_mask", loss_mask, mesh), _local("rewards", rewards, mesh)
-    check_rewards("terminal_rewards", terminal_rewards, local)
-    check_like("loss_mask", mask, local)
-    if rewards is not None:
-        check_like("rewards", rewards, local)
-    rows = local.shape[0]
-    gamma, lam = check_discount("gamma", gamma, local, rows), check_discount("lam", lam, local, rows)
-    terminal = terminal_rewards.to(torch.float64 if local.dtype == torch.float64 else torch.float32)
+    scan = _check_scan(local, terminal_rewards, mask, gamma, lam, rewards, bootstrap_values, None)
+    terminal = scan.terminal_rewards.to(torch.float64 if local.dtype == torch.float64 else torch.float32)
     chunks = _Chunks(local.shape[1], group, layout)
-    returns = _ContextParallelReturn.apply(local, terminal, mask, rewards, gamma, lam, chunks)
-    if mesh is None:
-        return returns
-    from torch.distributed.tensor import DTensor
+    returns = _ContextParallelReturn.apply(local, terminal, mask, rewards, scan.gamma, scan.lam, chunks)
+    return _leave(returns, values, mesh)
 
-    # Without a shape, T would be taken for the ranks times the tokens of this one.
-    T = values.shape[1]
-    return DTensor.from_local(
-        returns,
-        mesh,
-        values.placements,  # type: ignore[attr-defined]
-        run_check=False,
-        shape=torch.Size((local.shape[0], T)),
-        stride=(T, 1),
-    )
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum of x over the ranks, the same bits on each; what each differentiates is its own part of the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor, None]:
+        return grad_total, None
 
 
 def context_parallel_lambda_value_loss(
@@ -262,55 +272,104 @@ def context_parallel_lambda_value_loss(
     group: Any = None,
     layout: str = "contiguous",
     rewards: Tensor | None = None,
+    bootstrap_values: Tensor | None = None,
+    output_mask: Tensor | None = None,
     loss: str = "mse",
     delta: float = 1.0,
-) -> Tensor:
+    old_values: Tensor | None = None,
+    clip_range: float | None = None,
+    reduction: str = "token_mean",
+    normalizer: Tensor | None = None,
+    return_statistics: bool = False,
+) -> Any:
     """Masked loss of values against their own TD(lambda) targets, of sequences split over the ranks of a group.
 
-    :func:`~lambda_return_ext.compute_lambda_value_loss` of the whole sequences with ``token_mean``: every rank gets the
-    loss over all tokens and the gradient of its own. Ranks exchange the maps of their chunks, the number of tokens and
-    the loss, never values.
+    :func:`~lambda_return_ext.compute_lambda_value_loss` of the whole sequences, with the same options and formulas:
+    every rank gets the loss over all tokens and the gradient of its own. Ranks exchange the maps of their chunks, the
+    statistics and the loss, for ``sequence_mean`` also the tokens of each row, never values.
+
+    The targets are constants: there is no ``detach_targets``. Where the gradient must flow through them, write the loss
+    with :func:`context_parallel_lambda_return`. ``sequence_mean`` and ``none`` keep the losses of this rank's tokens,
+    [B, T of this rank], while they run; the other two reductions keep nothing of that size.
 
     Args:
-        value_logits: V, [B, T of this rank] or [B, T, 1]; or a DTensor, as in :func:`context_parallel_lambda_return`.
+        value_logits: V or x, [B, T of this rank] or [B, T, 1]; or a DTensor [B, T], as in
+            :func:`context_parallel_lambda_return`, and then all arguments of its shape are, too.
         terminal_rewards: R, [B], the same on every rank.
         attention_mask: [B, T of this rank], any real dtype, nonzero = valid.
         loss_mask: [B, T of this rank], any real dtype, nonzero = output token.
-        gamma: discount per valid token, in [0, 1]; a float, or a 0-dim or [B] floating tensor.
+        gamma: discount per valid token, in [0, 1]; a float, or a 0-dim or [B] floating tensor; the same on every rank.
         lam: lambda, likewise.
         group: a torch.distributed process group; None: the default one.
         layout: ``contiguous`` or ``zigzag``.
         rewards: r, [B, T of this rank], any real dtype.
-        loss: ``mse``, ``huber`` or ``smooth_l1``.
+        bootstrap_values: b, [B], any real dtype, the same on every rank.
+        output_mask: [B, T of this rank], any real dtype: all output tokens, where ``loss_mask`` is a window of them.
+        loss: ``mse``, ``huber``, ``smooth_l1``, ``bce`` or ``bce_with_logits``.
         delta: of ``huber`` and ``smooth_l1``, above 0.
+        old_values: the shape and dtype of ``value_logits``; needs ``clip_range``.
+        clip_range: above 0.
+        reduction: ``token_mean``, ``sequence_mean``, ``sum`` or ``none``.
+        normalizer: 0-dim, the same on every rank, for the two means: what takes the place of the tokens, or sequences,
+            of all ranks of this group; 0 gives a loss of 0.
+        return_statistics: also return the sums from which :func:`~lambda_return_ext.explained_variance` is computed.
 
     Returns:
-        The loss, 0-dim, float32 (float64 for float64 values), the same on every rank.
+        The loss, 0-dim, float32 (float64 for float64 values), the same on every rank; with ``none`` that of this rank's
+        tokens, as ``value_logits`` without a last 1. With ``return_statistics`` the loss and [6], float64, over all
+        tokens of the group: add these up over steps and other groups, not over its ranks.
 
     Raises:
         TypeError: a tensor argument is no tensor or has an unsupported dtype; a number is none.
         ValueError: a shape, device or placement does not match; a number or an option is not as above.
     """
-    check_choice("loss", loss, ("mse", "huber", "smooth_l1"))
-    values, mesh, group = _enter(value_logits, group)
+    values, mesh, group = _enter("value_logits", value_logits, group)
     attention, mask = _local("attention_mask", attention_mask, mesh), _local("loss_mask", loss_mask, mesh)
-    rewards = _local("rewards", rewards, mesh)
-    check_rewards("terminal_rewards", terminal_rewards, values)
+    rewards, old_values = _local("rewards", rewards, mesh), _local("old_values", old_values, mesh)
     check_like("attention_mask", attention, values)
+    check_like("loss_mask", mask, values)
+    mask_name = "loss_mask"
+    if output_mask is not None:
+        output_mask = _local("output_mask", output_mask, mesh)
+        check_like("output_mask", output_mask, values)
+        attention = (attention != 0) & (mask != 0)
+        mask_name, mask = "output_mask", output_mask
+    scan = _check_scan(values, terminal_rewards, mask, gamma, lam, rewards, bootstrap_values, None, mask_name=mask_name)
+    if old_values is not None:
+        old_values = check_value_logits("old_values", old_values)
+    how = _check_loss(values, loss, delta, old_values, clip_range, reduction, normalizer)
+
     chunks = _Chunks(values.shape[1], group, layout)
-    maps = [
-        lambda_return_carry(v.detach(), m, gamma, lam, rewards=r)
-        for v, m, r in zip(chunks.of(values), chunks.of(mask), chunks.of(rewards), strict=True)
-    ]
-    carries, _everyone = _carries(chunks, maps, terminal_rewards.detach().to(maps[0].dtype))
-    count = ((attention != 0) & (mask != 0)).sum()
-    dist.all_reduce(count, group=group)
-    parts = zip(*(chunks.of(x) for x in (values, attention, mask, rewards)), carries, strict=True)
-    losses = [
-        compute_lambda_value_loss(v, carry, a, m, gamma, lam, rewards=r, loss=loss, delta=delta, normalizer=count)
-        for v, a, m, r, carry in parts
-    ]
-    mine = torch.stack(losses).sum()
-    whole = mine.detach().clone()
-    dist.all_reduce(whole, group=group)
-    return mine + (whole - mine.detach())
+    parts = list(zip(*(chunks.of(x) for x in (values, mask, rewards, attention, how.old_values)), strict=True))
+    maps = []
+    for v, m, r, _a, _o in parts:
+        v = v.detach()
+        if loss == "bce_with_logits":
+            v = (v if v.dtype == torch.float64 else v.float()).sigmoid()
+        maps.append(lambda_return_carry(v, m, scan.gamma, scan.lam, rewards=r))
+    carries, _everyone = _carries(chunks, maps, scan.terminal_rewards.detach().to(maps[0].dtype))
+
+    by_token = reduction in ("sequence_mean", "none")
+    how = how._replace(reduction=REDUCTIONS.index("none" if by_token else "sum"), normalizer=None)
+    losses, sums = [], []
+    for (v, m, r, a, o), carry in zip(parts, carries, strict=True):
+        chunk = _Scan(v, carry, m, r, None, scan.gamma, scan.lam)
+        part, statistics = _value_loss(chunk, a, how._replace(old_values=o), True, True)
+        losses.append(part)
+        sums.append(statistics)
+    statistics = _SumOverRanks.apply(torch.stack(sums).sum(0).detach(), group)
+
+    if reduction == "none":
+        result = _leave(torch.cat(losses, dim=1), value_logits, mesh)
+        return (result, statistics) if return_statistics else result
+    if reduction == "sequence_mean":
+        tokens = _SumOverRanks.apply(((attention != 0) & (mask != 0)).sum(dim=1), group)
+        mine = (torch.cat(losses, dim=1).sum(dim=1, dtype=torch.float64) / tokens.clamp(min=1)).sum()
+        count = (tokens > 0).sum()
+    else:
+        mine, count = torch.stack(losses).sum(dtype=torch.float64), statistics[0]
+    if reduction != "sum":
+        count = count if normalizer is None else normalizer.detach()
+        mine = torch.where(count == 0, 0.0, mine / torch.where(count == 0, 1, count))
+    result = _SumOverRanks.apply(mine, group).to(losses[0].dtype)
+    return (result, statistics) if return_statistics else result

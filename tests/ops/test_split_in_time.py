@@ -28,7 +28,8 @@ def batch(kind, dtype=torch.float64, unseen=()):
     mask[:, unseen], values[:, unseen], rewards[:, unseen] = False, torch.nan, torch.nan
     attention = torch.rand(4, T, generator=generator) < 0.8
     gamma, lam = torch.tensor([1.0, 0.9, 1.0, 0.99]).double(), torch.tensor([0.95, 1.0, 0.5, 0.0]).double()
-    return values.to(dtype), torch.rand(4, generator=generator), attention, mask, gamma, lam, rewards.to(dtype)
+    terminal, bootstrap = (torch.rand(4, generator=generator) for _ in range(2))
+    return values.to(dtype), terminal, attention, mask, gamma, lam, rewards.to(dtype), bootstrap
 
 
 def test_chunks_are_chained_by_their_maps():
@@ -54,15 +55,26 @@ def parts_of(x, rank, ranks, layout):
     return torch.cat([parts[rank], parts[2 * ranks - 1 - rank]], dim=1)
 
 
-def whole(*how):
-    values, terminal, attention, mask, gamma, lam, rewards = batch(*how)
-    inputs = leaf(values), leaf(terminal.to(values.dtype)), leaf(rewards)
-    returns = lr.compute_lambda_return(inputs[0], inputs[1], mask, gamma, lam, rewards=inputs[2])
-    weight = torch.randn(returns.shape, generator=rng(8), dtype=torch.float64).to(values.dtype)
-    grads = torch.autograd.grad(returns, inputs, weight)
-    x = leaf(values)
-    loss = lr.compute_lambda_value_loss(x, terminal, attention, mask, gamma, lam, rewards=rewards, loss="huber")
-    return weight, returns.detach(), grads, loss.detach(), torch.autograd.grad(loss, x)[0]
+def losses(values):
+    """Options of the loss: each of its kinds, reductions and keywords."""
+    generator = rng(9)
+    old_values = values + 0.3 * torch.randn(values.shape, generator=generator, dtype=torch.float64).to(values.dtype)
+    outputs = torch.rand(values.shape, generator=generator) < 0.9
+    outputs[values.isnan()] = False
+    clipped = {"old_values": old_values, "clip_range": 0.1}
+    return [
+        {},
+        {"loss": "huber", "delta": 0.2, "output_mask": outputs},
+        {"loss": "smooth_l1", "delta": 0.3, "normalizer": torch.tensor(37), **clipped},
+        {"loss": "bce", "reduction": "sum", "output_mask": outputs},
+        {"loss": "bce_with_logits"},
+        {"loss": "bce_with_logits", "reduction": "sequence_mean", "output_mask": outputs},
+        {"reduction": "sequence_mean", "normalizer": torch.tensor(2.5), **clipped},
+        {"loss": "bce_with_logits", "reduction": "none"},
+        {"reduction": "none", "output_mask": outputs, **clipped},
+        {"loss": "huber", "reduction": "sum", **clipped},
+        {"normalizer": torch.tensor(0)},
+    ]
 
 
 def check_rank(rank, ranks, folder):
@@ -78,42 +90,7 @@ def check_rank(rank, ranks, folder):
             ("gaps", "contiguous", torch.float64, False),
             ("gaps", "zigzag", torch.float64, False),
         ]:
-            unseen = () if first_rank_counts else parts_of(torch.arange(T)[None], 0, ranks, layout)[0]
-            how = kind, dtype, unseen
-            weight, returns, grads, loss, loss_grad = whole(*how)
-
-            def mine(x, layout=layout):
-                return parts_of(x, rank, ranks, layout)
-
-            tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
-
-            def same(ours, expected, tolerance=tolerance):
-                torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)
-
-            values, terminal, attention, mask, gamma, lam, rewards = batch(*how)
-            assert first_rank_counts or bool(mine(mask).any()) == (rank > 0)
-            inputs = leaf(mine(values)), leaf(terminal.to(dtype)), leaf(mine(rewards))
-            ours = context_parallel_lambda_return(
-                inputs[0], inputs[1], mine(mask), gamma, lam, layout=layout, rewards=inputs[2]
-            )
-            same(ours, mine(returns))
-            own_grads = torch.autograd.grad(ours, inputs, mine(weight))
-            for ours, expected in zip(own_grads, (mine(grads[0]), grads[1], mine(grads[2])), strict=True):
-                same(ours, expected)
-            x = leaf(mine(values))
-            ours = context_parallel_lambda_value_loss(
-                x[..., None],
-                terminal,
-                mine(attention),
-                mine(mask),
-                gamma,
-                lam,
-                layout=layout,
-                rewards=mine(rewards),
-                loss="huber",
-            )
-            same(ours, loss)
-            same(torch.autograd.grad(ours, x)[0], mine(loss_grad))
+            check_one(rank, ranks, kind, layout, dtype, first_rank_counts)
         check_dtensor(rank, ranks)
         check_whitening(rank, ranks)
         dist.barrier()
@@ -121,6 +98,50 @@ def check_rank(rank, ranks, folder):
         dist.destroy_process_group()
     # Threads of gloo can outlive the group, and now and then abort a process that ends by unwinding.
     os._exit(0)
+
+
+def check_one(rank, ranks, kind, layout, dtype, first_rank_counts):
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+
+    def mine(x):
+        """This rank's part of what is split in time, anything else as it is."""
+        return parts_of(x, rank, ranks, layout) if isinstance(x, torch.Tensor) and x.dim() == 2 else x
+
+    def same(ours, expected):
+        torch.testing.assert_close(ours, mine(expected), rtol=tolerance, atol=tolerance)
+
+    unseen = () if first_rank_counts else parts_of(torch.arange(T)[None], 0, ranks, layout)[0]
+    values, terminal, attention, mask, gamma, lam, rewards, bootstrap = batch(kind, dtype, unseen)
+    assert first_rank_counts or bool(mine(mask).any()) == (rank > 0)
+    weight = torch.randn(values.shape, generator=rng(8), dtype=torch.float64).to(dtype)
+
+    def returns(function, part, **how):
+        inputs = leaf(part(values)), leaf(part(rewards)), leaf(terminal.to(dtype)), leaf(bootstrap)
+        x, r, R, b = inputs
+        result = function(x, R, part(mask), gamma, lam, rewards=r, bootstrap_values=b, **how)
+        return result, torch.autograd.grad(result, inputs, part(weight))
+
+    expected, expected_grads = returns(lr.compute_lambda_return, lambda x: x)
+    ours, grads = returns(context_parallel_lambda_return, mine, layout=layout)
+    same(ours, expected)
+    for ours, expected in zip(grads, expected_grads, strict=True):
+        same(ours, expected)
+
+    def loss(function, part, options, **how):
+        x = leaf(part(values))
+        options = {name: part(option) for name, option in options.items()}
+        masks = part(attention), part(mask)
+        how |= {"rewards": part(rewards), "bootstrap_values": bootstrap, "return_statistics": True}
+        result, statistics = function(x[..., None], terminal, *masks, gamma, lam, **options, **how)
+        incoming = part(weight).to(result.dtype) if result.dim() else torch.tensor(0.7, dtype=result.dtype)
+        return result, statistics, torch.autograd.grad(result, x, incoming)[0]
+
+    for options in losses(values):
+        expected = loss(lr.compute_lambda_value_loss, lambda x: x, options)
+        for ours, whole in zip(
+            loss(context_parallel_lambda_value_loss, mine, options, layout=layout), expected, strict=True
+        ):
+            same(ours, whole)
 
 
 def check_dtensor(rank, ranks):
@@ -132,7 +153,7 @@ def check_dtensor(rank, ranks):
         torch.testing.assert_close(ours.full_tensor(), expected, rtol=1e-12, atol=1e-12)
 
     mesh = init_device_mesh("cpu", (ranks,))
-    values, terminal, attention, mask, gamma, lam, rewards = batch("gaps")
+    values, terminal, attention, mask, gamma, lam, rewards, _bootstrap = batch("gaps")
     for tokens in (T, 7, 5):  # in equal parts; in unequal ones; of four ranks the last has none
         whole = [x[:, :tokens].contiguous() for x in (values, mask, rewards, attention)]
         sharded = [distribute_tensor(x, mesh, [Shard(1)]) for x in whole]
@@ -148,6 +169,15 @@ def check_dtensor(rank, ranks):
         expected = lr.compute_lambda_value_loss(whole[0], terminal, whole[3], whole[1], gamma, lam)
         torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
         same(torch.autograd.grad(loss, sharded[0])[0], torch.autograd.grad(expected, whole[0])[0])
+        for options in losses(whole[0].detach()):
+            split = {
+                name: distribute_tensor(x, mesh, [Shard(1)]) if name in ("old_values", "output_mask") else x
+                for name, x in options.items()
+            }
+            loss = context_parallel_lambda_value_loss(sharded[0], terminal, sharded[3], sharded[1], gamma, lam, **split)
+            expected = lr.compute_lambda_value_loss(whole[0], terminal, whole[3], whole[1], gamma, lam, **options)
+            loss = loss.full_tensor() if options.get("reduction") == "none" else loss
+            torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
     how = "must be a plain tensor, got a DTensor: lambda_return_ext.distributed takes sequences"
     with pytest.raises(TypeError, match=f"^values {how}"):
         lr.compute_lambda_return(sharded[0], terminal, sharded[1])
@@ -162,7 +192,7 @@ def check_dtensor(rank, ranks):
 
 
 def check_whitening(rank, ranks):
-    values, terminal, _attention, mask, gamma, _lam, _rewards = batch("gaps")
+    values, terminal, _attention, mask, gamma, *_others = batch("gaps")
     _, expected = lr.returns_and_advantages(values, terminal, mask, gamma, whiten=True)
     rows = slice(rank * 4 // ranks, (rank + 1) * 4 // ranks)
     _, ours = lr.returns_and_advantages(
@@ -180,5 +210,22 @@ def test_errors_name_the_argument():
     case = padded()
     with pytest.raises(ValueError, match="loss_mask must have the shape of the values"):
         lambda_return_carry(case.values, case.loss_mask[:, 1:])
-    with pytest.raises(ValueError, match="loss must be one of mse, huber, smooth_l1, got 'bce'"):
-        context_parallel_lambda_value_loss(*case[:2], case.loss_mask, case.loss_mask, loss="bce")
+    x, terminal, mask = case.values, case.terminal_rewards, case.loss_mask
+    for error, message, options in [
+        (ValueError, "loss must be one of mse, huber, smooth_l1, bce, bce_with_logits, got 'mae'", {"loss": "mae"}),
+        (
+            ValueError,
+            "reduction must be one of token_mean, sequence_mean, sum, none, got 'mean'",
+            {"reduction": "mean"},
+        ),
+        (ValueError, "clip_range must be given with old_values, got None", {"old_values": x}),
+        (ValueError, "old_values must have the shape of the values", {"old_values": x[:, 1:], "clip_range": 0.1}),
+        (ValueError, "output_mask must have the shape of the values", {"output_mask": mask[:, 1:]}),
+        (ValueError, r"bootstrap_values must have shape \[B\] = \[5\]", {"bootstrap_values": terminal[1:]}),
+        (ValueError, "normalizer must be None with reduction 'sum'", {"reduction": "sum", "normalizer": x[0, 0]}),
+        (TypeError, "unexpected keyword argument 'detach_targets'", {"detach_targets": False}),
+    ]:
+        with pytest.raises(error, match=message):
+            context_parallel_lambda_value_loss(x, terminal, mask, mask, **options)
+    with pytest.raises(TypeError, match=r"value_logits must be a torch\.Tensor, got list"):
+        context_parallel_lambda_value_loss([], terminal, mask, mask)
