@@ -303,7 +303,91 @@ void check_elementary(const char* set, const char* dtype, const RowKernels<acc_t
   failures += !(of_exp <= 1) + !(of_tail <= 1);
 }
 
+// ---- the losses of a sigmoid ----------------------------------------------------------------------------------------
+
+// The sigmoid and both cross-entropies against their definitions in long double: outputs of every magnitude down to the
+// subnormal numbers, at every place in a vector, forward with its sums and backward, with what does not count a NaN.
+template <class acc_t>
+void check_cross_entropies(const char* set, const char* dtype, const TokenLoops<acc_t>& loops) {
+  using Limits = std::numeric_limits<acc_t>;
+  using wide_t = long double;
+  const wide_t unit = Limits::epsilon(), least = 2 * wide_t(Limits::min());  // exp is 0 where it is below least
+  const acc_t infinity = Limits::infinity();
+  std::vector<acc_t> logits{0, infinity, -infinity, Limits::max(), Limits::lowest()}, probabilities{0, -acc_t(0), 1};
+  for (acc_t x = Limits::denorm_min(); x < 1e4; x *= acc_t(1.0625) + Limits::denorm_min() / x) {
+    for (const acc_t logit : {x, -x}) logits.push_back(logit);
+    if (x < 1) probabilities.insert(probabilities.end(), {x, 1 - x});
+  }
+  for (acc_t x = -128; x < 128; x += acc_t(0.0078125)) logits.push_back(x + acc_t(0.001));
+  for (acc_t x = 1; x > 0; x -= acc_t(0.0001)) probabilities.push_back(x);
+  wide_t of_sigmoid = 0, of_logits = 0, of_values = 0;  // relative errors in epsilon
+  const auto note = [](wide_t& worst, wide_t error) { worst = error <= worst ? worst : error; };  // a NaN stays
+  bool sums_agree = true;
+  for (const LossKind kind : {LossKind::kBceLogits, LossKind::kBce}) {
+    const bool are_logits = kind == LossKind::kBceLogits;
+    const std::vector<acc_t>& all = are_logits ? logits : probabilities;
+    const TokenLoss<acc_t> loss{kind, 1, 1};
+    for (const acc_t target : {acc_t(0), acc_t(1), acc_t(0.3), acc_t(-0.5)}) {
+      for (size_t begin = 0, n = 1; begin < all.size(); begin += n, n = n % kBlock * 2 % 1000 + 1) {
+        n = std::min(n, all.size() - begin);
+        std::vector<acc_t> x(all.begin() + begin, all.begin() + begin + n), v = x, targets(n, target), losses(n), dx(n);
+        std::vector<uint8_t> counts(n);
+        for (size_t t = 0; t < n; ++t) {
+          counts[t] = (begin + t) % 7 != 3;
+          if (!counts[t]) x[t] = v[t] = targets[t] = acc_t(kNaN);
+        }
+        if (are_logits) loops.head_values(x.data(), n, v.data());
+        LossBlock<acc_t> block{static_cast<int64_t>(n), x.data(), v.data(),     targets.data(), nullptr, nullptr,
+                               counts.data(),           nullptr,  losses.data()};
+        TokenSums sums;
+        loops.token_losses(loss, block, &sums);
+        block.losses = nullptr;
+        block.derivatives = dx.data();
+        loops.token_losses(loss, block, nullptr);
+        double sum = 0;
+        for (size_t t = 0; t < n; ++t) {
+          sum += losses[t];
+          if (!counts[t]) {
+            note(of_logits, losses[t] == 0 && dx[t] == 0 ? 0 : kNaN);
+            continue;
+          }
+          const wide_t at = x[t], g = target;
+          if (!are_logits) {
+            const wide_t log_v = std::fmax(std::log(at), wide_t(-100)), log_rest = std::fmax(log1p(-at), wide_t(-100));
+            const wide_t weight = std::abs(g * log_v) + std::abs((1 - g) * log_rest);
+            note(of_values, std::abs(losses[t] + g * log_v + (1 - g) * log_rest) / (weight * unit + least));
+            const wide_t slope = (at - g) / std::fmax(at * (1 - at), wide_t(1e-12));
+            note(of_values, std::abs(dx[t] - slope) / (std::abs(slope) * unit + least));
+            continue;
+          }
+          const wide_t z = std::exp(-std::abs(at)), value = (at < 0 ? z : 1) / (1 + z);
+          note(of_sigmoid, std::abs(v[t] - value) / (value * unit + least));
+          note(of_logits, std::abs(dx[t] - (value - g)) / ((value + std::abs(g)) * unit + least));
+          if (std::isinf(x[t]) || std::abs(x[t]) > Limits::max() / 2) {  // inf, or the NaN of inf - inf or of inf * 0
+            const acc_t want = (x[t] > 0 ? x[t] : acc_t(0)) - x[t] * target;
+            note(of_logits, losses[t] == want || (want != want && losses[t] != losses[t]) ? 0 : kNaN);
+            continue;
+          }
+          const wide_t most = at > 0 ? at : 0, exact = most - at * g + log1p(z);
+          // Where the target is 0 or 1 nothing cancels but what is exact.
+          const bool is_label = target == 0 || target == 1;
+          const wide_t weight = is_label ? exact : most + std::abs(at * g) + log1p(z);
+          note(of_logits, std::abs(losses[t] - exact) / (weight * unit + least));
+        }
+        const bool same = std::abs(sums.loss - sum) <= 1e-12 * std::abs(sum) || !(std::abs(sum) <= Limits::max() / 2);
+        sums_agree = sums_agree && same;
+      }
+    }
+  }
+  std::printf(
+      "%s %s: sigmoid to %.2Lf epsilon, cross-entropy of logits to %.2Lf, of probabilities to %.2Lf\n", set, dtype,
+      of_sigmoid, of_logits, of_values);
+  failures += !(of_sigmoid <= 2) + !(of_logits <= 2.5) + !(of_values <= 2.5) + !sums_agree;
+}
+
 void check_set(const InstructionSet& set) {
+  check_cross_entropies(set.name, "float64", set.double_loops);
+  check_cross_entropies(set.name, "float32", set.float_loops);
   check_logits(set.name, "float64", set.float64);
   check_logits(set.name, "float32", set.float32);
   check_logits(set.name, "bfloat16", set.bfloat16);

@@ -43,6 +43,22 @@ for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-5), (torch.b
             (got_grad,) = torch.autograd.grad(got, values)
             (want_grad,) = torch.autograd.grad(want, wide)
             torch.testing.assert_close(got_grad.double(), want_grad, rtol=2 * tolerance, atol=tolerance)
+        for loss in ("bce", "bce_with_logits"):
+            logits = torch.randn(B, T).mul(6).clamp(-4, 4)
+            outputs = (logits.sigmoid() if loss == "bce" else logits).to(dtype).masked_fill(~mask, float("nan"))
+            wide = outputs.double().masked_fill(~mask, 0.5).requires_grad_()
+            outputs.requires_grad_()
+            said = wide.detach().sigmoid() if loss == "bce_with_logits" else wide.detach()
+            targets = reference.compute_lambda_return(said, rewards.sigmoid().double(), mask)
+            counts = mask & attention
+            got = package.compute_lambda_value_loss(
+                outputs, rewards.sigmoid(), attention, mask, loss=loss, reduction="none"
+            )
+            want, _ = reference.token_losses(wide, targets, counts, loss)
+            torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
+            (got_grad,) = torch.autograd.grad(got.sum(), outputs)
+            (want_grad,) = torch.autograd.grad(want.sum(), wide)
+            torch.testing.assert_close(got_grad.double(), want_grad, rtol=2 * tolerance, atol=20 * tolerance)
     for K in (2, 7, 51):
         logits = torch.randn(2, 300, K).to(dtype).requires_grad_()
         rewards, mask = torch.rand(2), torch.rand(2, 300) < 0.7

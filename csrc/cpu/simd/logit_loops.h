@@ -3,53 +3,6 @@
 //
 // No include guard: see row_kernels.h.
 
-// c[0] x^(N - 1) + ... + c[N - 1]
-template <class V, class T, int N>
-LAMBDA_RETURN_INLINE V polynomial(const T (&c)[N], V x) {
-  V y = broadcast<V>(c[0]);
-  for (int i = 1; i < N; ++i) {
-    y = multiply_add(y, x, broadcast<V>(c[i]));
-  }
-  return y;
-}
-
-// least: what is below counts as -inf, so that no result is subnormal. round: what is added to it comes out rounded to
-// an integer, in its last bits. ln_2 in two parts, of which integers times the first are exact. series: of
-// (exp(r) - 1 - r) / r^2 for |r| <= ln(2) / 2; minimax from Cephes' expf, and Taylor's 1 / 13! ... 1 / 2!.
-template <class T>
-struct Exponential;
-template <>
-struct Exponential<float> {
-  static constexpr float least = -87, round = 0x1.8p23f, log2_e = 1.44269504f;
-  static constexpr float ln_2 = 0.693359375f, ln_2_rest = -2.12194440e-4f;
-  static constexpr int mantissa_bits = 23, bias = 127;
-  static constexpr float series[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
-                                     4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
-};
-template <>
-struct Exponential<double> {
-  static constexpr double least = -708, round = 0x1.8p52, log2_e = 0x1.71547652b82fep0;
-  static constexpr double ln_2 = 0x1.62e42feep-1, ln_2_rest = 0x1.a39ef35793c76p-33;
-  static constexpr int mantissa_bits = 52, bias = 1023;
-  static constexpr double series[] = {1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800,
-                                      1.0 / 362880,     1.0 / 40320,     1.0 / 5040,     1.0 / 720,
-                                      1.0 / 120,        1.0 / 24,        1.0 / 6,        1.0 / 2};
-};
-
-// exp(x) for x <= 0, to one epsilon. A NaN stays one.
-template <class T, class V>
-LAMBDA_RETURN_INLINE V exp_of(V x) {
-  using E = Exponential<T>;
-  using M = decltype(x < x);
-  const V least = broadcast<V>(E::least), round = broadcast<V>(E::round);
-  const V held = x < least ? least : x;
-  const V shifted = multiply_add(held, broadcast<V>(E::log2_e), round), n = shifted - round;
-  const V r = multiply_add(n, broadcast<V>(-E::ln_2_rest), multiply_add(n, broadcast<V>(-E::ln_2), held));
-  const V y = multiply_add(polynomial(E::series, r), r * r, r) + 1;
-  const V power = (V)(((M)shifted - (M)round + E::bias) << E::mantissa_bits);
-  return x < least ? V{} : y * power;
-}
-
 // (z + 5/2) exp(z^2) erfc(z) as a polynomial in (z - 5/2) / (z + 5/2): it falls smoothly from 5/2 at z = 0 to 1 /
 // sqrt(pi) at infinity. Interpolated at the zeros of a Chebyshev polynomial, to a sixth and a fourth of a rounding.
 template <class T>

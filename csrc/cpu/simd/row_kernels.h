@@ -456,6 +456,8 @@ void masked_mse_backward(
   });
 }
 
+#include "elementary.h"
+
 #include "token_loops.h"
 
 #include "logit_loops.h"

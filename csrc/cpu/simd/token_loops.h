@@ -1,44 +1,40 @@
 // The general operators token by token, on a block that the scan has left in the cache: everything but the recurrence.
-// Plain loops, vectorised by the compiler for the target they are included under.
+// Plain loops, vectorised by the compiler for the target they are included under, but for what needs exp and log.
 //
 // No include guard: see row_kernels.h. Rewards, masks and old values may be null: none, all valid, not clipped.
 
-template <class scalar_t>
-void widen_tokens(const scalar_t* from, int64_t n, accumulate_of<scalar_t>* to) {
-  constexpr int W = lanes_of<scalar_t>;
+// to[t] = f(from[t] ...) on vectors, each dtype as lanes of its accumulation dtype.
+template <class F, class To, class... From>
+LAMBDA_RETURN_INLINE void map_tokens(int64_t n, To* to, const F& f, const From*... from) {
+  constexpr int W = lanes_of<To>;
   int64_t t = 0;
   for (; t + W <= n; t += W) {
-    store<W>(to + t, load<W>(from + t));
+    store<W>(to + t, f(load<W>(from + t)...));
   }
   if (t < n) {
-    EdgeBuffer<W, scalar_t> edge(from + t, n - t);
-    alignas(64) accumulate_of<scalar_t> lanes[W];
-    store<W>(lanes, load<W>(edge.data));
-    std::memcpy(to + t, lanes, (n - t) * sizeof(lanes[0]));
+    alignas(64) To lanes[W];
+    store<W>(lanes, f(load<W>(EdgeBuffer<W, From>(from + t, n - t).data)...));
+    std::memcpy(static_cast<void*>(to + t), lanes, (n - t) * sizeof(To));
   }
+}
+constexpr auto unchanged = [](auto x) LAMBDA_RETURN_INLINE_LAMBDA { return x; };
+
+template <class scalar_t>
+void widen_tokens(const scalar_t* from, int64_t n, accumulate_of<scalar_t>* to) {
+  map_tokens(n, to, unchanged, from);
 }
 
 template <class scalar_t>
 void narrow_tokens(const accumulate_of<scalar_t>* from, int64_t n, scalar_t* to) {
-  constexpr int W = lanes_of<scalar_t>;
-  int64_t t = 0;
-  for (; t + W <= n; t += W) {
-    store<W>(to + t, load<W>(from + t));
-  }
-  if (t < n) {
-    EdgeBuffer<W, accumulate_of<scalar_t>> edge(from + t, n - t);
-    scalar_t lanes[W];
-    store<W>(lanes, load<W>(edge.data));
-    std::memcpy(static_cast<void*>(to + t), lanes, (n - t) * sizeof(scalar_t));
-  }
+  map_tokens(n, to, unchanged, from);
 }
 
 // V = sigmoid(output).
 template <class acc_t>
 void head_values(const acc_t* outputs, int64_t n, acc_t* values) {
-  for (int64_t t = 0; t < n; ++t) {
-    values[t] = sigmoid(outputs[t]);
-  }
+  using V = Vector<acc_t, lanes_of<acc_t>>;
+  const auto value = [&](V x) LAMBDA_RETURN_INLINE_LAMBDA { return sigmoid_of<acc_t>(x); };
+  map_tokens(n, values, value, outputs);
 }
 
 // terms <- gamma (1 - lam) V + gamma lam r, without what has weight 0.
@@ -103,16 +99,54 @@ LAMBDA_RETURN_INLINE void add_sums(const acc_t* x, int64_t n, double* sum, doubl
   }
 }
 
+// The two cross-entropies of token_loss.h.
+template <LossKind kKind, class acc_t>
+void cross_entropies_of_values(const LossBlock<acc_t>& block, const acc_t* targets, acc_t* losses) {
+  using V = Vector<acc_t, lanes_of<acc_t>>;
+  if constexpr (kKind == LossKind::kBceLogits) {
+    const auto loss = [&](V x, V target) LAMBDA_RETURN_INLINE_LAMBDA {
+      return (x > 0 ? x : V{}) - x * target + log1p_of<acc_t>(exp_of<acc_t>(x < 0 ? x : -x));
+    };
+    map_tokens(block.length, losses, loss, block.outputs, targets);
+  } else {
+    const auto loss = [&](V v, V target) LAMBDA_RETURN_INLINE_LAMBDA {
+      const auto log_v = log_of<acc_t>(v), log_rest = log_rest_of<acc_t>(v), least = broadcast<V>(acc_t(-100));
+      return -target * (log_v < least ? least : log_v) - (1 - target) * (log_rest < least ? least : log_rest);
+    };
+    map_tokens(block.length, losses, loss, block.values, targets);
+  }
+}
+
+template <LossKind kKind, class acc_t>
+LAMBDA_RETURN_INLINE acc_t cross_entropy_derivative(acc_t v, acc_t target) {
+  if constexpr (kKind == LossKind::kBceLogits) return v - target;
+  const acc_t variance = v * (1 - v), tiny = acc_t(1e-12);
+  return (v - target) / (variance < tiny ? tiny : variance);
+}
+
 template <LossKind kKind, bool kClipped, class acc_t>
 void token_losses_of_kind(TokenLoss<acc_t> loss, const LossBlock<acc_t>& block, TokenSums* sums) {
+  constexpr bool kIsEntropy = kKind == LossKind::kBce || kKind == LossKind::kBceLogits;
   alignas(64) acc_t losses[kBlock], targets[kBlock], errors[kBlock];
   loss.kind = kKind;
+  for (int64_t t = 0; t < block.length; ++t) {
+    targets[t] = block.carries[t] + (block.rewards == nullptr ? acc_t(0) : block.rewards[t]);
+  }
+  if constexpr (kIsEntropy) {
+    if (block.losses != nullptr || sums != nullptr) {
+      cross_entropies_of_values<kKind>(block, targets, losses);
+    } else {
+      std::memset(losses, 0, block.length * sizeof(acc_t));
+    }
+  }
   int64_t tokens = 0, clipped = 0;
   for (int64_t t = 0; t < block.length; ++t) {
     const bool counts = block.counts[t] != 0;
-    const acc_t target = block.carries[t] + (block.rewards == nullptr ? acc_t(0) : block.rewards[t]);
+    const acc_t target = targets[t];
     TokenLossResult<acc_t> result;
-    if constexpr (kClipped) {
+    if constexpr (kIsEntropy) {
+      result = {losses[t], cross_entropy_derivative<kKind>(block.values[t], target), false};
+    } else if constexpr (kClipped) {
       result = loss.clipped(block.values[t], block.old_values[t], target);
     } else {
       result = loss(block.outputs[t], block.values[t], target);
