@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._arguments import VALUE_DTYPES, check_choice, check_like, check_positive, check_tensor
+from ._arguments import check_choice, check_floating, check_like, check_positive, check_tensor
 from ._registrations import REDUCTIONS, call
 from .functional import _check_scan, _Scan, check_normalizer
 
@@ -61,9 +61,7 @@ class Bins(NamedTuple):
 
 
 def _check_logits(logits: Tensor, packed: bool) -> None:
-    check_tensor("logits", logits)
-    if logits.dtype not in VALUE_DTYPES:
-        raise TypeError(f"logits must be float32, bfloat16, float16 or float64, got {logits.dtype}")
+    check_floating("logits", logits)
     if logits.dim() != (2 if packed else 3) or logits.shape[-1] < 2:
         shape = "[total, K]" if packed else "[B, T, K]"
         raise ValueError(f"logits must have shape {shape} with K >= 2, got {list(logits.shape)}")

@@ -72,7 +72,7 @@ def train_rank(config: Config, ranks: Ranks, resume: bool, overwrite: bool) -> d
     progress["unchecked"] = False  # whether the validation after the last step was broken off
     torch.manual_seed(config.seed + ranks.rank)  # dropout differs from rank to rank
     if newest := checkpoint.latest_checkpoint(run_dir):
-        progress = checkpoint.load_checkpoint(newest, model, optimizer, ranks)
+        progress |= checkpoint.load_checkpoint(newest, model, optimizer, ranks)
         display.line(f"resumed after step {progress['step']}")
     forward_loss = build_forward_loss(module, training)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
