@@ -16,7 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._arguments import check_choice, check_cu_seqlens, check_discount, check_like, check_value_logits
+from ._arguments import (
+    check_choice,
+    check_cu_seqlens,
+    check_discount,
+    check_like,
+    check_packed_values,
+    check_value_logits,
+)
 from ._registrations import REDUCTIONS
 from .functional import _check_loss, _check_scan, _Scan, _value_loss
 
@@ -50,7 +57,7 @@ def lambda_return_carry(
             carry = a * carry + b
 
     Args:
-        values: V, [B, T] or [B, T, 1], or [total] with ``cu_seqlens``.
+        values: V, [B, T] or [B, T, 1], or [total] or [total, 1] with ``cu_seqlens``.
         loss_mask: the shape of the values, any real dtype, nonzero = valid; with ``cu_seqlens`` None: every token is.
         gamma: discount per valid token, in [0, 1]; a float, or a 0-dim or [B] floating tensor.
         lam: lambda, likewise.
@@ -59,9 +66,12 @@ def lambda_return_carry(
 
     Returns:
         (a, b), [B, 2], float32 (float64 for float64 values), without gradient.
+
+    Raises:
+        TypeError: a tensor argument is no tensor or has an unsupported dtype; gamma or lam is no real number.
+        ValueError: a shape or device does not match; ``cu_seqlens``, gamma or lam is not as above.
     """
-    if cu_seqlens is None:
-        values = check_value_logits("values", values)
+    values = (check_value_logits if cu_seqlens is None else check_packed_values)("values", values)
     rows = values.shape[0] if cu_seqlens is None else check_cu_seqlens(cu_seqlens, values)
     if loss_mask is not None or cu_seqlens is None:
         check_like("loss_mask", loss_mask, values)

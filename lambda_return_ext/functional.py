@@ -157,6 +157,7 @@ def lambda_return_varlen(
     """TD(lambda) targets of packed sequences: :func:`compute_lambda_return` without padding.
 
     Sequence b is the tokens ``cu_seqlens[b]`` to ``cu_seqlens[b + 1] - 1``; it may be empty. Same bits from run to run.
+    Tiles begin elsewhere than in padded rows, so that float64 targets agree to 4 ulp of the largest of 1 and abs(G).
 
     Args:
         values: V, [total] or [total, 1]; float32, bfloat16, float16 or float64.

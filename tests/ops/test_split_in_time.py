@@ -210,6 +210,10 @@ def test_errors_name_the_argument():
     case = padded()
     with pytest.raises(ValueError, match="loss_mask must have the shape of the values"):
         lambda_return_carry(case.values, case.loss_mask[:, 1:])
+    with pytest.raises(ValueError, match=r"values must have shape \[total\] or \[total, 1\], got \[5, 23\]"):
+        lambda_return_carry(case.values, None, cu_seqlens=torch.tensor([0, 5]))
+    with pytest.raises(TypeError, match=r"values must be float32, .*, got torch.int64"):
+        lambda_return_carry(case.values[0].long(), None, cu_seqlens=torch.tensor([0, 23]))
     x, terminal, mask = case.values, case.terminal_rewards, case.loss_mask
     for error, message, options in [
         (ValueError, "loss must be one of mse, huber, smooth_l1, bce, bce_with_logits, got 'mae'", {"loss": "mae"}),

@@ -14,6 +14,7 @@ from ops_testing import (
     leaf,
     make_batch,
     make_grad,
+    make_mask,
     poisoned,
     rng,
 )
@@ -72,6 +73,27 @@ def test_packed_equals_padded_to_4_ulp(lengths):
     for b, (begin, end) in enumerate(bounds):
         ulp = torch.finfo(torch.float64).eps * in_rows[b, : end - begin].abs()
         assert ((ours[begin:end] - in_rows[b, : end - begin]).abs() <= 4 * ulp).all()
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(0.999, 0.999), (1.0, 0.95)])
+def test_packed_equals_padded_to_4_ulp_of_the_largest_return(gamma, lam):
+    # Values of both signs cancel: a return near 0 has the error of the numbers it is the sum of.
+    lengths = (1500, 1700, 2300, 900)
+    values = torch.randn(sum(lengths), generator=rng(), dtype=torch.float64)
+    terminal_rewards = torch.randn(4, generator=rng(1), dtype=torch.float64)
+    mask = make_mask("gaps", 1, sum(lengths))[0]
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    ours = lr.lambda_return_varlen(values, terminal_rewards, cu_seqlens, mask, gamma, lam)
+
+    def pad(x):
+        return torch.nn.utils.rnn.pad_sequence(x.split(lengths), batch_first=True)
+
+    rows = (pad(values), terminal_rewards, pad(mask), gamma, lam)
+    for rewards in (None, torch.zeros(4, 2300)):  # the plain operator, and the general one
+        in_rows = lr.compute_lambda_return(*rows, rewards=rewards)
+        ulp = torch.finfo(torch.float64).eps * max(1.0, in_rows.abs().max().item())
+        unpadded = torch.cat([row[:length] for row, length in zip(in_rows, lengths, strict=True)])
+        torch.testing.assert_close(ours, unpadded, rtol=0, atol=4 * ulp)
 
 
 @pytest.mark.parametrize(("gamma", "lam"), DISCOUNTS)
