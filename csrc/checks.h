@@ -51,6 +51,15 @@ inline void check_scalar(const Tensor& x, const char* name, const Tensor& like) 
   STD_TORCH_CHECK(x.device() == like.device(), name, " must be on the device of values");
 }
 
+// x as dtype. A complex x is refused: its imaginary part would be dropped.
+inline Tensor cast(const Tensor& x, ScalarType dtype) {
+  const ScalarType from = x.scalar_type();
+  STD_TORCH_CHECK(
+      from != ScalarType::ComplexHalf && from != ScalarType::ComplexFloat && from != ScalarType::ComplexDouble,
+      "masks, rewards and numbers must have a real dtype");
+  return torch::stable::to(x, dtype);
+}
+
 // x [B, T] whose rows are contiguous in T: x itself where they are (any row stride, 0 included), else one
 // copy.
 inline Tensor contiguous_rows(const Tensor& x) {
@@ -62,13 +71,13 @@ inline Tensor contiguous_rows(const Tensor& x) {
 inline Tensor byte_mask(const Tensor& mask) {
   const ScalarType dtype = mask.scalar_type();
   const bool is_byte = dtype == ScalarType::Bool || dtype == ScalarType::Byte || dtype == ScalarType::Char;
-  return contiguous_rows(is_byte ? mask : torch::stable::to(mask, ScalarType::Bool));
+  return contiguous_rows(is_byte ? mask : cast(mask, ScalarType::Bool));
 }
 
 // x of dtype, contiguous: for [B] and 0-dim arguments. The dispatcher takes a microsecond, and so is not called for
 // nothing.
 inline Tensor contiguous_as(const Tensor& x, ScalarType dtype) {
-  if (x.scalar_type() != dtype) return torch::stable::contiguous(torch::stable::to(x, dtype));
+  if (x.scalar_type() != dtype) return torch::stable::contiguous(cast(x, dtype));
   return x.is_contiguous() ? x : torch::stable::contiguous(x);
 }
 

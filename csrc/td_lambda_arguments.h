@@ -71,7 +71,7 @@ struct TokenShape {
     if (!x) return Tensor();
     check(*x, x_name);
     const ScalarType dtype = accumulate_dtype(like);
-    return rows(x->scalar_type() == dtype ? *x : torch::stable::to(*x, dtype));
+    return rows(x->scalar_type() == dtype ? *x : cast(*x, dtype));
   }
 
   // One number a row, [B] or for all rows, 0-dim; float64.

@@ -68,7 +68,7 @@ def check_rewards(name: str, rewards: Tensor, values: Tensor, rows: int | None =
         raise ValueError(f"{name} must be on the device of the values, {values.device}, got {rewards.device}")
 
 
-def check_unit_interval(name: str, x: float) -> float:
+def check_unit_interval(name: str, x: Any) -> float:
     """Return ``x`` as a float if it is a real number in [0, 1]; raise TypeError or ValueError otherwise."""
     if type(x) is not float:
         if isinstance(x, bool) or not isinstance(x, Real):

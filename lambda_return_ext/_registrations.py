@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.compiler import is_compiling
 from torch.library import Library, register_autograd, register_fake, register_vmap
 
 _ops = torch.ops.lambda_return
@@ -115,7 +116,7 @@ def call(operator: Any, *args: Any) -> Any:
     Of a call on a few tokens that kernel is more than half. torch.compile and torch.export need it, as they look at
     operators as a whole; the transforms of torch.func need the plain autograd functions.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return operator(*args)
     if torch._C._are_functorch_transforms_active():
         transform = torch._C._functorch.peek_interpreter_stack()
@@ -130,7 +131,7 @@ def call(operator: Any, *args: Any) -> Any:
 
 def call_loss(operator: Any, *args: Any) -> Tensor:
     """Call an operator for its first output alone, which leaves autograd less to do."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if is_compiling() or torch._C._are_functorch_transforms_active():
         return call(operator, *args)[0]
     if torch.is_grad_enabled() and _needs_gradient(args):
         return _losses[operator].apply(*args)

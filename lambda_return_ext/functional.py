@@ -10,11 +10,13 @@ device or range, before anything is computed.
 """
 
 import math
+from collections.abc import Callable
 from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from . import reference
 from ._arguments import (
@@ -35,6 +37,72 @@ from ._arguments import (
 from ._registrations import LOSS_KINDS, REDUCTIONS, call, call_loss
 
 _ops = torch.ops.lambda_return
+
+
+# ---- calls of operators that check their own arguments -----------------------------------------------------------
+
+
+def _explained(run: Callable[..., Tensor], explain: Callable[..., None], operator: Any, *args: Any) -> Tensor:
+    """Return run(operator, *args); where the operator refuses, explain(*args) raises an error that names the argument.
+
+    Explaining first would be a quarter of a call on a few tokens, and is left to where no kernel looks at arguments.
+    """
+    if type(args[0]) is not Tensor or args[0].is_meta or is_compiling():
+        explain(*args)
+        return run(operator, *args)
+    try:
+        return run(operator, *args)
+    except (RuntimeError, TypeError) as error:
+        refusal = error
+    explain(*args)
+    raise refusal
+
+
+def _are_numbers(gamma: float | Tensor, lam: float | Tensor) -> bool:
+    # Usually floats, of which torch's isinstance() is slow to say that they are no tensors.
+    return type(gamma) is type(lam) is float or not (isinstance(gamma, Tensor) or isinstance(lam, Tensor))
+
+
+def _squeezed(x: Tensor) -> Tensor:
+    """Return [B, T] where x is [B, T, 1], else x."""
+    return x.squeeze(-1) if isinstance(x, Tensor) and x.dim() == 3 and x.shape[-1] == 1 else x
+
+
+def _explain_return(values: Tensor, terminal_rewards: Tensor, loss_mask: Tensor, _gamma: float, _lam: float) -> None:
+    check_values("values", values)
+    check_rewards("terminal_rewards", terminal_rewards, values)
+    check_like("loss_mask", loss_mask, values)
+
+
+def _explain_loss(
+    values: Tensor, rewards: Tensor, attention_mask: Tensor, loss_mask: Tensor, gamma: float, lam: float
+) -> None:
+    _explain_mc_loss(values, rewards, attention_mask, loss_mask, gamma, lam, "terminal_rewards")
+
+
+def _explain_mc_loss(
+    values: Tensor,
+    rewards: Tensor,
+    attention_mask: Tensor,
+    loss_mask: Tensor,
+    _gamma: float,
+    _lam: float,
+    rewards_name: str = "rewards",
+) -> None:
+    check_value_logits("value_logits", values)
+    check_rewards(rewards_name, rewards, values)
+    check_like("attention_mask", attention_mask, values)
+    check_like("loss_mask", loss_mask, values)
+
+
+def _explain_mse(values: Tensor, targets: Tensor, mask: Tensor) -> None:
+    check_value_logits("values", values)
+    check_like("targets", targets, values)
+    half = values.dtype in (torch.bfloat16, torch.float16)
+    if targets.dtype != values.dtype and not (half and targets.dtype == torch.float32):
+        wanted = f"{values.dtype} or torch.float32" if half else str(values.dtype)
+        raise TypeError(f"targets must be {wanted} for values of {values.dtype}, got {targets.dtype}")
+    check_like("mask", mask, values)
 
 
 # ---- returns and losses ------------------------------------------------------------------------------------------
@@ -133,14 +201,14 @@ def compute_lambda_return(
 
     Source: Sutton and Barto, Reinforcement Learning (2nd ed.), section 12.1, the recursive form of the lambda-return.
     """
+    if rewards is bootstrap_values is None and _are_numbers(gamma, lam):
+        gamma, lam = check_unit_interval("gamma", gamma), check_unit_interval("lam", lam)
+        return _explained(
+            call, _explain_return, _ops.lambda_return.default, values, terminal_rewards, loss_mask, gamma, lam
+        )
     values = check_values("values", values)
-    if rewards is not None or bootstrap_values is not None or isinstance(gamma, Tensor) or isinstance(lam, Tensor):
-        scan = _check_scan(values, terminal_rewards, loss_mask, gamma, lam, rewards, bootstrap_values, None)
-        return call(_ops.td_lambda.default, *scan, False)
-    check_rewards("terminal_rewards", terminal_rewards, values)
-    check_like("loss_mask", loss_mask, values)
-    gamma, lam = check_unit_interval("gamma", gamma), check_unit_interval("lam", lam)
-    return call(_ops.lambda_return.default, values, terminal_rewards, loss_mask, gamma, lam)
+    scan = _check_scan(values, terminal_rewards, loss_mask, gamma, lam, rewards, bootstrap_values, None)
+    return call(_ops.td_lambda.default, *scan, False)
 
 
 def lambda_return_varlen(
@@ -390,23 +458,18 @@ def compute_lambda_value_loss(
         ValueError: a shape or device does not match; gamma, lam, delta or clip_range is out of range; an option is
             unknown or does not go with the others.
     """
-    values = check_value_logits("value_logits", value_logits)
     if (
         loss == "mse"
         and reduction == "token_mean"
         and detach_targets
         and not return_statistics
         and rewards is bootstrap_values is output_mask is old_values is clip_range is normalizer is None
-        and not isinstance(gamma, Tensor)
-        and not isinstance(lam, Tensor)
+        and _are_numbers(gamma, lam)
     ):
-        check_rewards("terminal_rewards", terminal_rewards, values)
-        check_like("attention_mask", attention_mask, values)
-        check_like("loss_mask", loss_mask, values)
         gamma, lam = check_unit_interval("gamma", gamma), check_unit_interval("lam", lam)
-        return call_loss(
-            _ops.lambda_value_loss.default, values, terminal_rewards, attention_mask, loss_mask, gamma, lam
-        )
+        tensors = _squeezed(value_logits), terminal_rewards, attention_mask, loss_mask
+        return _explained(call_loss, _explain_loss, _ops.lambda_value_loss.default, *tensors, gamma, lam)
+    values = check_value_logits("value_logits", value_logits)
     check_like("attention_mask", attention_mask, values)
     check_like("loss_mask", loss_mask, values)
     mask_name, mask = "loss_mask", loss_mask
@@ -636,11 +699,8 @@ def compute_mc_value_loss(value_logits: Tensor, rewards: Tensor, attention_mask:
         TypeError: an argument is no tensor or has an unsupported dtype.
         ValueError: a shape or device does not match.
     """
-    values = check_value_logits("value_logits", value_logits)
-    check_rewards("rewards", rewards, values)
-    check_like("attention_mask", attention_mask, values)
-    check_like("loss_mask", loss_mask, values)
-    return call_loss(_ops.lambda_value_loss.default, values, rewards, attention_mask, loss_mask, 1.0, 1.0)
+    tensors = _squeezed(value_logits), rewards, attention_mask, loss_mask
+    return _explained(call_loss, _explain_mc_loss, _ops.lambda_value_loss.default, *tensors, 1.0, 1.0)
 
 
 def masked_mse(values: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
@@ -658,17 +718,8 @@ def masked_mse(values: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
         TypeError: an argument is no tensor or has an unsupported dtype.
         ValueError: a shape or device does not match.
     """
-    values = check_value_logits("values", values)
-    check_tensor("targets", targets)
-    if targets.dim() == 3 and targets.shape[-1] == 1:
-        targets = targets.squeeze(-1)
-    check_like("targets", targets, values)
-    half = values.dtype in (torch.bfloat16, torch.float16)
-    if targets.dtype != values.dtype and not (half and targets.dtype == torch.float32):
-        wanted = f"{values.dtype} or torch.float32" if half else str(values.dtype)
-        raise TypeError(f"targets must be {wanted} for values of {values.dtype}, got {targets.dtype}")
-    check_like("mask", mask, values)
-    return call_loss(_ops.masked_mse.default, values, targets, mask)
+    tensors = _squeezed(values), _squeezed(targets), mask
+    return _explained(call_loss, _explain_mse, _ops.masked_mse.default, *tensors)
 
 
 def create_eos_only_mask(loss_mask: Tensor) -> Tensor:

@@ -270,6 +270,13 @@ def test_operator_rewards(op, name):
     operator_raises(op, {name: ONE}, r"terminal_rewards must be \[B\] = \[2\], got 1 elements in 0 dimensions")
 
 
+@pytest.mark.parametrize(
+    ("op", "name"), [x for x in ARGUMENTS if x[0] != "eos_mask" and ("mask" in x[1] or x[1] == "terminal_rewards")]
+)
+def test_operator_complex(op, name):
+    operator_raises(op, {name: OPERATORS[op][name].to(torch.complex64)}, "must have a real dtype")
+
+
 @pytest.mark.parametrize(("op", "name"), [x for x in ARGUMENTS if x[1] in ("grad_loss", "num_tokens")])
 def test_operator_scalars(op, name):
     operator_raises(op, {name: torch.ones(0)}, rf"{name} must be 0-dim, got 1 dimensions")
