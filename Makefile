@@ -26,7 +26,7 @@ train: $(VENV)/.critic data/codeio.jsonl
 	$(BIN)/lambda-critic train --config $(CONFIG) run_dir=$(RUN)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check
@@ -83,9 +83,11 @@ $(VENV)/.critic: $(VENV)/.torch $(SOURCES)
 	$(PIP) --no-deps $(DEMO)
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.critic
+# As .critic and more, without building twice.
+$(VENV)/.dev: $(VENV)/.torch $(SOURCES)
 	$(PIP) --editable '.[dev]'
-	touch $@
+	$(PIP) --no-deps $(DEMO)
+	touch $(VENV)/.critic $@
 
 clean:
 	rm -rf build dist *.egg-info lambda_return_ext/*.so

@@ -17,11 +17,11 @@ cp -r tests/ops "$repository/pyproject.toml" "$scratch/suite"
 
 for version in "$@"; do
   python3 -m venv "$scratch/env"
-  "$scratch/env/bin/pip" install --quiet "torch==$version" numpy pytest hypothesis 'setuptools>=77' ninja \
+  "$scratch/env/bin/pip" install --quiet "torch==$version" numpy pytest pytest-xdist hypothesis 'setuptools>=77' ninja \
     "$scratch"/wheel/*.whl
   (cd "$scratch/suite" && "$scratch/env/bin/python" -c \
     "import torch, lambda_return_ext as lr; print('torch', torch.__version__, 'with', lr.__file__)")
-  (cd "$scratch/suite" && "$scratch/env/bin/python" -m pytest -q ops)
+  (cd "$scratch/suite" && "$scratch/env/bin/python" -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile ops)
   # Not `python -m pytest`, which would import the package from the sources.
   "$scratch/env/bin/pytest" -q tests/packaging/test_cuda_build.py -k build_and_load
   rm -rf "$scratch/env"
