@@ -237,9 +237,13 @@ def report(task: Task, progress: dict[str, Any], display: Display) -> dict[str, 
     _, best = checkpoint.load_best(run_dir)
     records = [record for record in read_metrics(run_dir) if "validation/pairwise_accuracy" in record]
     last = {"step": progress["step"], "metrics": {name: value for name, value in records[-1].items() if name != "step"}}
-    results = finish(task, run_dir, {"best": best, "last": last}, display)
+    results = results_of(task, run_dir, {"best": best, "last": last})
+    # Before the baselines too, which need more memory than all before them.
+    checkpoint.write_json(run_dir / checkpoint.RESULTS, results)
+    results["baselines"] = measure_baselines(task, display)
     checkpoint.write_json(run_dir / checkpoint.RESULTS, results)
     plot_curves(run_dir, results)
+    print_results(display, results)
     display.line(f"trained for {progress['seconds']:.0f} s; run folder: {run_dir}")
     return results
 
@@ -254,7 +258,10 @@ def evaluate(run: str) -> dict[str, Any]:
     task, state = load_run(run)
     collate = build_collator(task, task.data.validation + task.train_subset, display)
     measured = {"step": state["step"], "metrics": measure(task, collate)}
-    return finish(task, Path(run), {"best": measured}, display)
+    results = results_of(task, Path(run), {"best": measured})
+    results["baselines"] = measure_baselines(task, display)
+    print_results(display, results)
+    return results
 
 
 def build_forward_loss(module: nn.Module, config: TrainingConfig) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
@@ -311,23 +318,24 @@ def describe(measured: dict[str, Any]) -> str:
     )
 
 
-def finish(task: Task, run_dir: Path, checkpoints: dict[str, Any], display: Display) -> dict[str, Any]:
-    """Add the baselines to the measured checkpoints and print the final table."""
+def results_of(task: Task, run_dir: Path, checkpoints: dict[str, Any]) -> dict[str, Any]:
+    """The measured checkpoints as results, yet without baselines."""
     summary = task.summary()
-    baselines = {}
-    if task.config.evaluation.baselines:
-        name, accuracy = length_baseline(task.data.train, task.data.validation)
-        groups = group_by_prompt(task.data.validation)
-        baselines = {name: accuracy}
-        if not task.config.model.from_scratch:
-            language_model = task.backbone.language_model().eval().to(task.device)
-            with display.phase("likelihood baseline", "tokens", sum(group.tokens for group in groups)) as advance:
-                likelihood = likelihood_baseline(language_model, task.data.validation, groups, advance)
-            baselines["likelihood"] = likelihood
     title = (
         f"{run_dir}: {summary['validation']['pairs']} pairs of {summary['validation']['problems']} problems "
         f"never trained on, seed {task.config.seed}"
     )
-    results = {"title": title, "checkpoints": checkpoints, "baselines": baselines, "data": summary}
-    print_results(display, results)
-    return results
+    return {"title": title, "checkpoints": checkpoints, "baselines": {}, "data": summary}
+
+
+def measure_baselines(task: Task, display: Display) -> dict[str, float]:
+    """The pairwise accuracy of each baseline that the configuration asks for, by its title."""
+    if not task.config.evaluation.baselines:
+        return {}
+    baselines = dict([length_baseline(task.data.train, task.data.validation)])
+    if not task.config.model.from_scratch:
+        groups = group_by_prompt(task.data.validation)
+        language_model = task.backbone.language_model().eval().to(task.device)
+        with display.phase("likelihood baseline", "tokens", sum(group.tokens for group in groups)) as advance:
+            baselines["likelihood"] = likelihood_baseline(language_model, task.data.validation, groups, advance)
+    return baselines

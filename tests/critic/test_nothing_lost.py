@@ -108,6 +108,25 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(train, run_dir,
     assert without_timing(run_dir) == before
 
 
+def test_a_baseline_that_fails_loses_no_result(train, run_dir, monkeypatch):
+    def fail(*_):
+        raise MemoryError("the language model is too large")
+
+    whole = [f"run_dir={run_dir}-whole", "evaluation.baselines=false"]
+    assert train(*whole) == 0
+    monkeypatch.setattr(trainer, "likelihood_baseline", fail)
+    with pytest.raises(MemoryError):
+        train("evaluation.baselines=true")
+    results, expected = (
+        json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
+        for folder in (run_dir, f"{run_dir}-whole")
+    )
+    assert results["baselines"] == {}
+    assert results["checkpoints"] == expected["checkpoints"]
+    assert train("--resume", "evaluation.baselines=false") == 0
+    assert (run_dir / "curves.png").exists()
+
+
 # ---- signals -----------------------------------------------------------------------------------------------------
 
 
@@ -216,7 +235,7 @@ def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_is_intact(
 
 
 def test_a_disk_that_is_full_at_the_end_costs_the_report_alone(train, run_dir, monkeypatch, capsys):
-    real = trainer.finish
+    real = trainer.results_of
     with disk_that_fills() as leave_room:
 
         def fill_disk(*arguments):
@@ -224,7 +243,7 @@ def test_a_disk_that_is_full_at_the_end_costs_the_report_alone(train, run_dir, m
             leave_room(500)
             return results
 
-        monkeypatch.setattr(trainer, "finish", fill_disk)
+        monkeypatch.setattr(trainer, "results_of", fill_disk)
         assert train() == 2
     error = capsys.readouterr().err
     assert f"run_dir = {run_dir} must be writable and have room, got: " in error
