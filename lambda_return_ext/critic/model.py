@@ -458,7 +458,9 @@ def _packaged_gguf(name: str) -> Path:
     return files[0]
 
 
+# Solutions are read as many at once as both of these allow, and a longer one alone: memory grows with their tokens.
 SOLUTIONS_AT_ONCE = 32
+TOKENS_AT_ONCE = 2**14
 
 
 class PromptGroup(NamedTuple):
@@ -480,9 +482,13 @@ def group_by_prompt(pairs: Iterable[TokenPair]) -> list[PromptGroup]:
         by_prompt.setdefault(solution.prompt_ids, []).append(solution)
     parts = []
     for prompt_ids, group in by_prompt.items():
-        group.sort(key=lambda solution: len(solution.output_ids))
-        for start in range(0, len(group), SOLUTIONS_AT_ONCE):
-            parts.append(PromptGroup(prompt_ids, group[start : start + SOLUTIONS_AT_ONCE]))
+        part: list[Solution] = []
+        for solution in sorted(group, key=lambda solution: len(solution.output_ids)):
+            size = len(part) + 1
+            if not part or size > SOLUTIONS_AT_ONCE or size * solution.length > TOKENS_AT_ONCE:
+                part = []
+                parts.append(PromptGroup(prompt_ids, part))
+            part.append(solution)
     return parts
 
 
@@ -499,19 +505,23 @@ def compute_features(
     """
     features = {}
     for group in groups:
-        _, output = continue_prompt(backbone, group)
-        for row, solution in enumerate(group.solutions):
-            hidden = output.last_hidden_state[row, : len(solution.output_ids)]
-            features[solution] = hidden.to("cpu", copy=True)
+        _, hidden = continue_prompt(backbone, group, lambda output: output.last_hidden_state)
+        for row, solution in zip(hidden, group.solutions, strict=True):
+            features[solution] = row[: len(solution.output_ids)].to("cpu", copy=True)
         advance(group.tokens)
     return features
 
 
-def continue_prompt(model: Any, group: PromptGroup) -> tuple[Any, Any]:
+def continue_prompt(model: Any, group: PromptGroup, features_of: Callable[[Any], Tensor]) -> tuple[Tensor, Tensor]:
     """Run a transformers model over a prompt and then, from its key-value cache, over all solutions at once.
 
+    Args:
+        model: the model.
+        group: the prompt and its solutions.
+        features_of: takes the features out of what the model returns.
+
     Returns:
-        The model's output for the prompt [1, P, ...] and for the solutions [N, T, ...], padded on the right.
+        The features of the prompt [1, P, H] and of the solutions [N, T, H], padded on the right.
     """
     from transformers import DynamicCache
 
@@ -527,11 +537,10 @@ def continue_prompt(model: Any, group: PromptGroup) -> tuple[Any, Any]:
     if not all(hasattr(layer, "batch_repeat_interleave") for layer in cache.layers):
         # A recurrent layer's state cannot go on in several ways: each solution reads the prompt for itself.
         prompts = torch.tensor([prompt_ids], device=device).expand(len(solutions), -1)
-        whole = model(torch.cat([prompts, output_ids], 1), attention_mask=attention_mask, use_cache=False)
-        key = "logits" if "logits" in whole else "last_hidden_state"
-        before, after = whole[key].split([len(prompt_ids), output_ids.shape[1]], dim=1)
-        return type(whole)({key: before[:1]}), type(whole)({key: after})
-    prompt = model(input_ids=torch.tensor([prompt_ids], device=device), use_cache=True, **{name: cache})
+        whole = features_of(model(torch.cat([prompts, output_ids], 1), attention_mask=attention_mask, use_cache=False))
+        before, after = whole.split([len(prompt_ids), output_ids.shape[1]], dim=1)
+        return before[:1], after
+    prompt = features_of(model(input_ids=torch.tensor([prompt_ids], device=device), use_cache=True, **{name: cache}))
     cache.batch_repeat_interleave(len(solutions))
     output = model(input_ids=output_ids, attention_mask=attention_mask, use_cache=True, **{name: cache})
-    return prompt, output
+    return prompt, features_of(output)

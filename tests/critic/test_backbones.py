@@ -13,7 +13,7 @@ import transformers
 from conftest import VOCABULARY, save_backbone, steps_of
 from transformers import AutoModelForTokenClassification
 
-from lambda_return_ext.critic import checkpoint, trainer
+from lambda_return_ext.critic import checkpoint, metrics, trainer
 from lambda_return_ext.critic.cli import main
 from lambda_return_ext.critic.config import HeadConfig, LoraConfig, ModelConfig, TrainingConfig
 from lambda_return_ext.critic.data import Collator, Solution, TokenPair
@@ -30,6 +30,7 @@ from lambda_return_ext.critic.optimization import parameter_groups
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIZES |= {"num_key_value_heads": 1, "vocab_size": len(VOCABULARY), "max_position_embeddings": 128, "head_dim": 16}
+MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 FAMILIES = ["Llama", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Mistral"]
 WITH_LORA = ["model.cache_features=false", "model.lora.rank=4", "model.lora.alpha=8", "training.max_steps=6"]
 
@@ -125,7 +126,7 @@ def make_backbone(architecture, **settings):
 # Of rank patterns that peft makes itself.
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
 def test_adapters_of_a_mixture_of_experts_become_part_of_its_weights(inputs, tmp_path):
-    backbone = make_backbone("Qwen3Moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+    backbone = make_backbone("Qwen3Moe", **MIXTURE)
     model = ValueModel(backbone, HeadConfig(type="linear"), None, True, LoraConfig(rank=2)).eval()
     randomise_adapters(model)
     ids, mask = inputs
@@ -144,8 +145,7 @@ def test_a_linear_head_on_a_bfloat16_backbone_keeps_its_precision(tiny_backbone,
 
 
 def test_recurrent_layers_have_features_and_refuse_packing(tiny_backbone):
-    settings = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-    model = ValueModel(make_backbone("Qwen3Next", **settings), HeadConfig(type="linear"), None, True).eval()
+    model = ValueModel(make_backbone("Qwen3Next", **MIXTURE), HeadConfig(type="linear"), None, True).eval()
     prompt = (5, 6, 7)
     pair = TokenPair("p", Solution(prompt, (8, 9)), Solution(prompt, (10, 11, 12, 13)))
     features = compute_features(model.backbone, group_by_prompt([pair]), lambda tokens: None)
@@ -157,6 +157,47 @@ def test_recurrent_layers_have_features_and_refuse_packing(tiny_backbone):
     with pytest.raises(UserError, match=r"data\.packing must be false for this backbone"):
         check_packing(model)
     check_packing(build(tiny_backbone))
+
+
+LANGUAGE_MODELS = {
+    "Llama": {},
+    "Gemma2": {"final_logit_softcapping": 0.7},
+    "Granite": {"logits_scaling": 0.1},
+    "OPT": {"word_embed_proj_dim": 16},
+    "Qwen3Next": MIXTURE,
+}
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_log_likelihoods_are_those_of_the_whole_forward_and_few_logits_are_there_at_once(monkeypatch, name):
+    torch.manual_seed(0)
+    settings = {**SIZES, "pad_token_id": 0, "initializer_range": 0.3, **LANGUAGE_MODELS[name]}
+    config = getattr(transformers, f"{name}Config")(**settings)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    prompt = (5, 6, 7)
+    gaps = (True, False, True, True, False, True)
+    solutions = [Solution(prompt, (8, 9)), Solution(prompt, (10, 11, 12, 13, 14, 15), gaps), Solution(prompt, (16,))]
+    (group,) = group_by_prompt([TokenPair("p", solutions[0], other) for other in solutions[1:]])
+
+    def from_whole(solution):
+        ids = torch.tensor([solution.prompt_ids + solution.output_ids])
+        with torch.no_grad():
+            rows = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        of_tokens = rows.gather(1, ids[0, len(prompt) :, None])[:, 0]
+        return of_tokens[torch.tensor(solution.output_mask or [True] * len(of_tokens))]
+
+    expected = [from_whole(solution) for solution in group.solutions]
+    shapes = []
+    model.get_output_embeddings().register_forward_hook(lambda *given: shapes.append(given[-1].shape))
+    for rows_at_once, parts in ((100, [7]), (3, [3, 3, 1])):
+        monkeypatch.setattr(metrics, "LOGITS_AT_ONCE", rows_at_once * len(VOCABULARY) + 1)
+        shapes.clear()
+        got = metrics.log_likelihoods(model, group)
+        for ours, theirs in zip(got, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        assert all(shape.numel() <= metrics.LOGITS_AT_ONCE for shape in shapes)
+        assert [shape[1] for shape in shapes][-len(parts) :] == parts
+    assert model(input_ids=torch.tensor([prompt]), use_cache=False).logits.shape[1] == len(prompt)  # whole again
 
 
 # ---- what is loaded, and how -------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import make_records
 
+from lambda_return_ext.critic import model as model_module
 from lambda_return_ext.critic.config import DataConfig, HeadConfig
 from lambda_return_ext.critic.data import Collator, Solution, TokenPair, read_examples, select_pairs
 from lambda_return_ext.critic.errors import UserError
@@ -95,6 +96,18 @@ def test_many_solutions_of_one_prompt_are_split_into_parts():
     assert [len(group.solutions) for group in groups] == [32, 32, 6]
     assert {solution for group in groups for solution in group.solutions} == set(solutions)
     assert groups[0].tokens == 2 + sum(range(1, 33))
+
+
+def test_solutions_of_many_tokens_are_read_a_few_at_a_time(monkeypatch):
+    monkeypatch.setattr(model_module, "TOKENS_AT_ONCE", 24)
+    solutions = [Solution((1, 2), (3,) * length) for length in (2, 3, 4, 5, 10, 10, 11, 40)]
+    groups = group_by_prompt([TokenPair("p", solutions[0], solution) for solution in solutions])
+    assert [[len(solution.output_ids) for solution in group.solutions] for group in groups] == [
+        [2, 3, 4],
+        [5, 10],
+        [11],
+        [40],
+    ]
 
 
 def test_layers_cuts_the_backbone(tiny_backbone):
