@@ -12,7 +12,8 @@ from torch import nn
 from lambda_return_ext.critic import checkpoint
 from lambda_return_ext.critic.config import Config
 from lambda_return_ext.critic.distributed import Ranks, choose_device
-from lambda_return_ext.critic.model import check_packing
+from lambda_return_ext.critic.metrics import LOGITS_AT_ONCE
+from lambda_return_ext.critic.model import SOLUTIONS_AT_ONCE, TOKENS_AT_ONCE, check_packing
 from lambda_return_ext.critic.report import Display, print_data
 from lambda_return_ext.critic.task import Task, prepare
 from lambda_return_ext.critic.trackers import check_trackers
@@ -22,6 +23,7 @@ ADAM_SLOTS = 2
 # Korthikanti et al. 2022 (arXiv:2205.05198), section 4.1, without the attention scores, which fused attention does not
 # keep: 34 bytes of activations a token, layer and hidden unit in 16 bits.
 ACTIVATIONS = 17
+TRAINING, BASELINE = "activations, about", "likelihood baseline at the end, on the first rank, about"
 
 
 def dry_run(config: Config, ranks: int, resume: bool = False, overwrite: bool = False) -> dict[str, int]:
@@ -62,7 +64,9 @@ def dry_run(config: Config, ranks: int, resume: bool = False, overwrite: bool = 
     for name, size in memory.items():
         table.add_row(name, f"{size / GIB:.3f}")
     table.add_section()
-    table.add_row("together", f"{sum(memory.values()) / GIB:.3f}")
+    # Activations are gone once the baseline is measured; all else is still there.
+    together = sum(memory.values()) - min(memory[TRAINING], memory.get(BASELINE, 0))
+    table.add_row("the most at any time", f"{together / GIB:.3f}")
     display.console.print(table)
     if config.model.cache_features:
         size = cached_features(task)
@@ -100,8 +104,26 @@ def memory_per_rank(task: Task, ranks: int) -> dict[str, int]:
         memory["gathered layers (two at a time) and embedding"] = 2 * gathered + outside
     pairs = math.ceil(training.batch_size / ranks)
     tokens = 2 * min(pairs, training.micro_batch_size or pairs) * config.data.max_length
-    memory["activations, about"] = tokens * _activations_of_a_token(task, 2 if half else 4)
+    memory[TRAINING] = tokens * _activations_of_a_token(task, 2 if half else 4)
+    if config.evaluation.baselines and not config.model.from_scratch:
+        memory[BASELINE] = _likelihood_baseline(task)
     return memory
+
+
+def _likelihood_baseline(task: Task) -> int:
+    """Bytes of the whole language model, of keys, values and activations of what it reads at once, and of its logits.
+
+    The logits are there three times: as they are, in float32 and as log-probabilities.
+    """
+    model, longest = task.backbone.language_model(empty=True), task.config.data.max_length
+    config = model.config.get_text_config()
+    itemsize = 2 if task.config.model.dtype == "bfloat16" else 4
+    tokens = longest * min(SOLUTIONS_AT_ONCE, max(TOKENS_AT_ONCE // longest, 1))
+    heads = getattr(config, "num_attention_heads", None) or 1
+    cached = 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) / heads
+    features = math.ceil(tokens * (cached + ACTIVATIONS) * config.hidden_size * itemsize)
+    logits = min(LOGITS_AT_ONCE, tokens * config.vocab_size) * (itemsize + 8)
+    return sum(_bytes(parameter) for parameter in model.parameters()) + features + logits
 
 
 def _bytes(parameter: nn.Parameter, half: bool = False) -> int:

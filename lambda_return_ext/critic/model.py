@@ -357,13 +357,22 @@ class Backbone:
             raise UserError(f"{self._could_not()}: its files have no weights for {min(missing)}")
         return model if config is whole else model.get_decoder()
 
-    def language_model(self) -> nn.Module:
-        """The whole model with its language-model head."""
+    def language_model(self, empty: bool = False) -> Any:
+        """The whole model with its language-model head.
+
+        Args:
+            empty: without its weights, on the meta device.
+        """
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
         config = self._load(AutoConfig)
         has_images = config.get_text_config() is not config
-        return self._load(AutoModelForImageTextToText if has_images else AutoModelForCausalLM, **self._how())
+        auto_class = AutoModelForImageTextToText if has_images else AutoModelForCausalLM
+        if not empty:
+            return self._load(auto_class, **self._how())
+        how = {"dtype": getattr(torch, self.settings.dtype), "trust_remote_code": self.settings.trust_remote_code}
+        with self._refuse(self._could_not()), torch.device("meta"):
+            return auto_class.from_config(config, **how)
 
     def _how(self) -> dict[str, Any]:
         how: dict[str, Any] = {"dtype": getattr(torch, self.settings.dtype)}

@@ -14,11 +14,13 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lambda_return_ext.critic import checkpoint, trainer
+from lambda_return_ext.critic import dry_run as dry_run_module
 from lambda_return_ext.critic.checkpoint import flatten
 from lambda_return_ext.critic.config import LambdaReturnConfig, TrainingConfig, ValueLossConfig, load_config
 from lambda_return_ext.critic.data import Packing
-from lambda_return_ext.critic.dry_run import dry_run
+from lambda_return_ext.critic.dry_run import BASELINE, dry_run
 from lambda_return_ext.critic.losses import count_terms, value_loss, window_mask
+from lambda_return_ext.critic.model import Backbone
 from lambda_return_ext.critic.optimization import lam_schedule, lr_schedule
 from lambda_return_ext.reference import compute_lambda_return as reference_return
 
@@ -255,6 +257,29 @@ def test_the_counted_memory_is_what_a_run_holds(train, run_dir, config_file):
         load_config(config_file, [*whole, "model.gradient_checkpointing=true", f"run_dir={run_dir}-2"]), 1
     )
     assert checkpointed["activations, about"] < memory["activations, about"]
+
+
+def test_a_dry_run_counts_the_likelihood_baseline_where_it_is_measured(config_file, tiny_backbone, capsys):
+    off, on = ["model.layers=1"], ["model.layers=1", "evaluation.baselines=true"]
+    scratch = ["model.from_scratch=true", "model.cache_features=false"]
+    without, memory = dry_run(load_config(config_file, off), 2), dry_run(load_config(config_file, on), 2)
+    cells = [[cell.strip() for cell in line.split("│")] for line in capsys.readouterr().out.splitlines()]
+    assert [row[1] for row in cells if len(row) == 4].count(BASELINE) == 1
+    assert memory == {**without, BASELINE: memory[BASELINE]}
+    assert BASELINE not in dry_run(load_config(config_file, [*on, *scratch]), 2)
+    # Of the whole language model, whatever `model.layers` says, whose logits no length makes more than so many.
+    model = Backbone(str(tiny_backbone)).language_model()
+    assert memory[BASELINE] > sum(parameter.nbytes for parameter in model.parameters()) > memory["parameters"]
+
+
+def test_the_logits_of_the_likelihood_baseline_are_bounded_in_the_dry_run_as_in_the_run(config_file, monkeypatch):
+    config = load_config(config_file, ["evaluation.baselines=true"])
+    sizes = []
+    for logits in (1000, 2000, 2**40):
+        monkeypatch.setattr(dry_run_module, "LOGITS_AT_ONCE", logits)
+        sizes.append(dry_run(config, 1)[BASELINE])
+    assert sizes[1] - sizes[0] == 1000 * (4 + 4 + 4)
+    assert sizes[2] - sizes[0] == (32 * 64 * len(VOCABULARY) - 1000) * (4 + 4 + 4)  # no more than its tokens have
 
 
 def test_the_production_configuration_names_and_explains_every_key():
