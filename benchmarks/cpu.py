@@ -18,10 +18,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import report
 import torch
 import torch.nn.functional as F
+from general import answers, cases, masked_mean
 from harness import (
     GAMMA,
     LAM,
@@ -30,6 +32,7 @@ from harness import (
     check,
     exact_loss,
     exact_returns,
+    forward_and_backward,
     interleave,
     machine,
     pinned,
@@ -60,6 +63,7 @@ class Plan:
     rows: Sequence[int]  # B, at 1024 columns
     densities: Sequence[float]
     density_shapes: Sequence[tuple[int, int]]
+    general_shapes: Sequence[tuple[int, int]]  # small ones: the reference takes seconds for each of many cases
     slow_peers: bool  # whether those that take seconds a call enter
     tokens_peers: bool
 
@@ -72,6 +76,7 @@ FULL = Plan(
     rows=tuple(4**k for k in range(7)),
     densities=(0.05, 0.1, 0.25, 0.5, 0.7, 0.9, 0.99, 1.0),
     density_shapes=((16, 8192), (512, 8192)),
+    general_shapes=((64, 1024), (16, 8192)),
     slow_peers=True,
     tokens_peers=True,
 )
@@ -83,6 +88,7 @@ QUICK = Plan(
     rows=(1, 64),
     densities=(0.05, 1.0),
     density_shapes=((16, 8192),),
+    general_shapes=((16, 128),),
     slow_peers=False,
     tokens_peers=False,
 )
@@ -150,9 +156,7 @@ def composed_classification(logits: Tensor, batch: Batch, bins: Bins) -> Tensor:
     x = logits if logits.dtype == torch.float64 else logits.float()
     values = categorical_values(x.detach(), bins)
     targets = lr.compute_lambda_return(values, batch.rewards, batch.loss_mask, GAMMA, LAM)
-    losses = -(bins.probabilities(targets, x.shape[-1]) * x.log_softmax(-1)).sum(-1)
-    counted = batch.attention_mask & batch.loss_mask
-    return torch.where(counted, losses, 0.0).sum() / counted.sum()
+    return masked_mean(-(bins.probabilities(targets, x.shape[-1]) * x.log_softmax(-1)).sum(-1), batch)
 
 
 def _copy_name(bytes_a_token: int, fresh: bool) -> str:
@@ -351,20 +355,11 @@ def overhead(plan: Plan) -> list[dict]:
     values = batch.values.clone().requires_grad_()
     targets = torch.zeros_like(batch.values)
 
-    def forward_and_backward(forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        def step() -> Tensor:
-            values.grad = None
-            with torch.enable_grad():
-                forward().backward()
-            return values.grad
+    def ours(x: Tensor) -> Tensor:
+        return lr.compute_lambda_value_loss(x, *batch[1:], GAMMA, LAM)
 
-        return step
-
-    def ours() -> Tensor:
-        return lr.compute_lambda_value_loss(values, *batch[1:], GAMMA, LAM)
-
-    def mse() -> Tensor:
-        return F.mse_loss(values, targets)
+    def mse(x: Tensor) -> Tensor:
+        return F.mse_loss(x, targets)
 
     name = f"torch {torch.__version__}"
     group.enter(exact, lambda_return(batch))
@@ -377,11 +372,12 @@ def overhead(plan: Plan) -> list[dict]:
         ),
     )
     group.enter(loss, loss_forward(batch))
-    group.enter(gradient, Contestant("loss forward + backward", _version(), forward_and_backward(ours)))
+    group.enter(gradient, Contestant("loss forward + backward", _version(), forward_and_backward(ours, values)))
     exact_mse = (batch.values.double() ** 2).mean()
     group.enter(exact_mse, Contestant("F.mse_loss forward", name, lambda: F.mse_loss(batch.values, targets)))
     group.enter(
-        2 * batch.values.double() / 8, Contestant("F.mse_loss forward + backward", name, forward_and_backward(mse))
+        2 * batch.values.double() / 8,
+        Contestant("F.mse_loss forward + backward", name, forward_and_backward(mse, values)),
     )
     return group.time()
 
@@ -405,10 +401,6 @@ def classification(plan: Plan) -> list[dict]:
             def composed(x: Tensor, batch: Batch = batch, bins: Bins = bins) -> Tensor:
                 return composed_classification(x, batch, bins)
 
-            def step(loss: Callable[[Tensor], Tensor], x: Tensor = logits) -> Tensor:
-                with torch.enable_grad():
-                    return torch.autograd.grad(loss(x), x)[0]
-
             size, values = 51 * dtype.itemsize, logits.detach()
             torch_version = f"torch {torch.__version__}"
             group.enter(
@@ -418,12 +410,34 @@ def classification(plan: Plan) -> list[dict]:
             )
             group.enter(
                 exact_grad,
-                _ours("fused, forward + backward", partial(step, fused), 3 * size, writes=True),
-                Contestant("composed, forward + backward", torch_version, partial(step, composed)),
+                _ours("fused, forward + backward", forward_and_backward(fused, logits), 3 * size, writes=True),
+                Contestant("composed, forward + backward", torch_version, forward_and_backward(composed, logits)),
             )
             for bytes_a_token, fresh in ((size, False), (3 * size, True)):
                 group.contestants.append(copy(B * T, bytes_a_token, fresh))
             rows += group.time()
+    return rows
+
+
+def general(plan: Plan) -> list[dict]:
+    """Every option of the general operators, with gaps, beside the plain return and loss, one thread."""
+
+    def answer(result: Any) -> Tensor:
+        return torch.stack(answers(result)).detach()
+
+    rows = []
+    for B, T in plan.general_shapes:
+        mask = make_mask("gaps", B, T)
+        # Without the tokens that no attention mask has, so that the packed loss is over the same tokens.
+        batch = make_batch(B, T, torch.float32, mask)._replace(attention_mask=torch.ones_like(mask))
+        group = Group(plan, "general", batch, "gaps")
+        group.enter(exact_returns(batch), lambda_return(batch))
+        for name, case in cases(batch).items():
+            ways = [(name, _version(), case.ours)]
+            if case.composed:
+                ways.append((f"composed: {name}", f"torch {torch.__version__}", case.composed))
+            group.enter(answer(case.exact()), *(Contestant(*way, answer) for way in ways))
+        rows += group.time()
     return rows
 
 
@@ -435,6 +449,7 @@ SCENARIOS = {
     "density": density,
     "overhead": overhead,
     "classification": classification,
+    "general": general,
 }
 
 

@@ -7,7 +7,8 @@ Device time comes from CUDA events around a CUDA graph of many calls, full-call 
 without a graph: of ours, of the public function, and for a loss its backward() too. Inputs and outputs rotate through
 more than twice the L2 cache; the smallest shapes, where it is the launch that takes the time, through 512 places at
 most, and the loop over T, which launches thousands of kernels a call, through two. The bandwidth that a result is
-compared with is measured in the same run, by copying as many bytes.
+compared with is measured in the same run, by copying as many bytes. What the options of the general operators cost is
+measured through the public functions, autograd and the filling of 0-dim gamma and lam included.
 """
 
 import argparse
@@ -19,7 +20,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from harness import GAMMA, LAM, check, commit, write_csv
+from general import Case, answers, cases
+from harness import GAMMA, LAM, Answers, Batch, check, commit, forward_and_backward, write_csv
 from peers.compiled import ASSOCIATIVE_SCAN, LOG2_DOUBLING, associative_scan, log2_doubling
 from peers.loops import return_loop
 from torch import Tensor
@@ -34,17 +36,33 @@ SHAPES = [(512, 4096), (4096, 2048), (16384, 512), (16, 65536), (16, 131072), (1
 QUICK_SHAPES = [(512, 4096), (16, 131072), (1, 8)]
 # Of the classification loss, whose logits are K times as many.
 K, LOGIT_SHAPES, QUICK_LOGIT_SHAPES = 51, [(512, 4096), (4096, 512), (16, 65536), (16, 512)], [(64, 2048)]
+# Of the options, in float32: shapes at which the plain operators are timed too, but for --quick.
+GENERAL_SHAPES, QUICK_GENERAL_SHAPES = [(512, 4096), (16, 131072)], [(64, 2048)]
 # The goals, on an H100: share of the measured copy bandwidth at the large shapes; milliseconds.
 GOAL_SHARE, GOAL_16x131072_MS, GOAL_CALL_US = 0.85, 0.015, 12.0
 
 
-# ---- contestants: (values, rewards, mask) -> the answers; one mask serves as both ---------------------------------
+# ---- contestants: (values, rewards, mask), or a case of the options, -> the answers --------------------------------
 
-Answers = tuple[Tensor, ...]
-Contestant = Callable[[Tensor, Tensor, Tensor], Answers]
+Contestant = Callable[..., Answers]
 RETURN, LOSS = "lambda_return", "lambda_value_loss forward + backward"
 CLASSIFICATION = "categorical_value_loss forward + backward"  # of logits [B, T, K] in place of values
 BINS = Bins()
+Inputs = tuple[Tensor, Tensor, Tensor]  # values or logits, rewards, and one mask that serves as both
+
+
+def general_cases(batch: Inputs) -> dict[str, Case]:
+    """The options of the general operators by the name of the work."""
+    values, rewards, mask = batch
+    return {f"general: {name}": case for name, case in cases(Batch(values, rewards, mask, mask)).items()}
+
+
+GENERAL = general_cases((torch.zeros(1, 1), torch.zeros(1), torch.ones(1, 1, dtype=torch.bool)))
+
+
+def prepare(work: str, batch: Inputs) -> tuple:
+    """What the contestants of this work take."""
+    return (general_cases(batch)[work],) if work in GENERAL else batch
 
 
 def ours(values: Tensor, rewards: Tensor, mask: Tensor) -> Answers:
@@ -116,22 +134,19 @@ PUBLIC_LOSSES = {
 }
 
 
-def full_call(work: str, batch: tuple[Tensor, Tensor, Tensor]) -> Callable[[], Tensor]:
-    """What a user calls for this work, on one batch: of a loss the public function and autograd's backward()."""
-    if work not in PUBLIC_LOSSES:
-        return lambda: ours(*batch)[0]
-    leaf = batch[0].detach().requires_grad_()
-
-    def step() -> Tensor:
-        leaf.grad = None
-        PUBLIC_LOSSES[work](leaf, *batch[1:]).backward()
-        return leaf.grad
-
-    return step
+def full_call(work: str, batch: Inputs) -> Callable[[], Tensor]:
+    """What a user calls for a loss: the public function and autograd's backward()."""
+    values, *others = batch
+    return forward_and_backward(lambda x: PUBLIC_LOSSES[work](x, *others), values.detach().requires_grad_())
 
 
 def contestants(work: str) -> Iterator[tuple[str, Contestant]]:
     """Everyone who does this work, ours first."""
+    if work in GENERAL:
+        yield work, lambda case: answers(case.ours())
+        if GENERAL[work].composed:
+            yield "composed", lambda case: answers(case.composed())
+        return
     yield work, OURS[work](torch.ones((), device="cuda"))
     on_top = ON_TOP[work]
     for name, scan in ((LOG2_DOUBLING, log2_doubling), (ASSOCIATIVE_SCAN, associative_scan)):
@@ -139,16 +154,18 @@ def contestants(work: str) -> Iterator[tuple[str, Contestant]]:
     yield LOOP, on_top(return_loop)
 
 
-def exact(work: str, batch: tuple[Tensor, Tensor, Tensor]) -> Answers:
+def exact(work: str, batch: Inputs) -> Answers:
     """What a contestant must give: the CPU operators in float64."""
     values, rewards, mask = (x.cpu() for x in batch)
+    if work in GENERAL:
+        return answers(general_cases((values.double(), rewards, mask))[work].ours())
     return OURS[work](torch.ones(()))(values.double(), rewards, mask)
 
 
 # ---- measuring ---------------------------------------------------------------------------------------------------
 
 
-def make_inputs(shape: tuple[int, ...], dtype: torch.dtype, copies: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+def make_inputs(shape: tuple[int, ...], dtype: torch.dtype, copies: int) -> list[Inputs]:
     """Batches with gaps, prompts and padding, in `copies` different places in memory: [B, T] values or logits."""
     B, T = shape[:2]
     generator = torch.Generator("cuda").manual_seed(0)
@@ -214,15 +231,18 @@ def check_all(name: str, answers: Answers, right: Answers) -> None:
 def measure(B: int, T: int, dtype: torch.dtype, work: str, quick: bool) -> list[dict]:
     """All contestants at one shape and dtype."""
     size = torch.finfo(dtype).bits // 8
-    # Of logits, see docs/performance.md, without those that are read again.
-    bytes_a_token = {RETURN: 2 * size + 1, LOSS: 3 * size + 2, CLASSIFICATION: 3 * K * size + 36}[work]
     width = K if work == CLASSIFICATION else 1
     l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
     copies = max(2, min(512, 2 * l2_bytes // (B * T * (width * size + 1)) + 1))
     inputs = make_inputs((B, T, K) if work == CLASSIFICATION else (B, T), dtype, copies)
     right = exact(work, inputs[0])
+    prepared = [prepare(work, batch) for batch in inputs]
+    if work in GENERAL:
+        bytes_a_token = prepared[0][0].bytes_moved / (B * T)
+    else:  # of logits, see docs/performance.md, without those that are read again
+        bytes_a_token = {RETURN: 2 * size + 1, LOSS: 3 * size + 2, CLASSIFICATION: 3 * K * size + 36}[work]
     repeats = 5 if quick else 30
-    floor = copy_ms(B * T * bytes_a_token, copies, repeats)
+    floor = copy_ms(round(B * T * bytes_a_token), copies, repeats)
     torch._dynamo.reset()  # a function is compiled for a few shapes only, and then refused
     rows = []
     for name, call in contestants(work):
@@ -231,13 +251,12 @@ def measure(B: int, T: int, dtype: torch.dtype, work: str, quick: bool) -> list[
             print(f"  {name:37s} not run: it launches several kernels for each of {T} columns")
             continue
         try:
-            check_all(name, call(*inputs[0]), right)
-            shortest, median = device_ms(call, inputs[:2] if is_loop else inputs, 3 if is_loop else repeats)
-            if name == work:
+            check_all(name, call(*prepared[0]), right)
+            shortest, median = device_ms(call, prepared[:2] if is_loop else prepared, 3 if is_loop else repeats)
+            called = partial(call, *prepared[0])
+            if name in PUBLIC_LOSSES:
                 called = full_call(work, inputs[0])
                 check_all(f"{name}, full call", (called(),), right[-1:])
-            else:
-                called = partial(call, *inputs[0])
             microseconds = call_us(called, 3 if is_loop else repeats)
         except (Exception, SystemExit) as error:  # a compiler may fail in any way; that must not end the benchmark
             if name == work:
@@ -261,7 +280,7 @@ def measure(B: int, T: int, dtype: torch.dtype, work: str, quick: bool) -> list[
 def goals(rows: list[dict]) -> Iterator[str]:
     """One line for each goal that applies to a result of ours, with the result beside it."""
     for row in rows:
-        if row["contestant"] != row["work"] or row["work"] == CLASSIFICATION:
+        if row["contestant"] not in (RETURN, LOSS):
             continue
         B, T, name = row["B"], row["T"], f"{row['work']} {row['B']} x {row['T']} {row['dtype']}"
         results = []
@@ -291,15 +310,21 @@ def main() -> None:
         "commit": commit(),
     }  # fmt: skip
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    rows = []
+    shapes, logit_shapes, general_shapes = (
+        (QUICK_SHAPES, QUICK_LOGIT_SHAPES, QUICK_GENERAL_SHAPES)
+        if arguments.quick
+        else (SHAPES, LOGIT_SHAPES, GENERAL_SHAPES)
+    )
+    works = []
     for dtype in (torch.float32, torch.bfloat16):
-        shapes = QUICK_SHAPES if arguments.quick else SHAPES
-        logit_shapes = QUICK_LOGIT_SHAPES if arguments.quick else LOGIT_SHAPES
-        works = [(shape, work) for shape in shapes for work in (RETURN, LOSS)]
-        for (B, T), work in [*works, *((shape, CLASSIFICATION) for shape in logit_shapes)]:
-            print(f"{work}, {B} x {T}{f' x {K}' if work == CLASSIFICATION else ''} {dtype}")
-            rows += [{**row, **machine} for row in measure(B, T, dtype, work, arguments.quick)]
-            torch.cuda.empty_cache()
+        works += [(dtype, shape, work) for shape in shapes for work in (RETURN, LOSS)]
+        works += [(dtype, shape, CLASSIFICATION) for shape in logit_shapes]
+    works += [(torch.float32, shape, work) for shape in general_shapes for work in GENERAL]
+    rows = []
+    for dtype, (B, T), work in works:
+        print(f"{work}, {B} x {T}{f' x {K}' if work == CLASSIFICATION else ''} {dtype}")
+        rows += [{**row, **machine} for row in measure(B, T, dtype, work, arguments.quick)]
+        torch.cuda.empty_cache()
     write_csv(arguments.output, rows)
     print("\nGoals, on an H100:", *goals(rows), sep="\n")
 

@@ -34,6 +34,9 @@ class Batch(NamedTuple):
     loss_mask: Tensor  # [B, T], bool
 
 
+Answers = tuple[Tensor, ...]
+
+
 @dataclass(frozen=True)
 class Contestant:
     """One way to an answer, ready to be timed: conversions of its inputs are done, compilers have run."""
@@ -100,6 +103,18 @@ def check(name: str, answer: Tensor, exact: Tensor) -> float:
     if not error <= LIMITS[answer.dtype]:  # also refuses NaN
         raise SystemExit(f"{name} is wrong by {error:.2g} for {list(exact.shape)} {answer.dtype}: nothing is timed")
     return error
+
+
+def forward_and_backward(loss: Callable[[Tensor], Tensor], leaf: Tensor) -> Callable[[], Tensor]:
+    """What a training step does with a loss of a leaf that requires a gradient, and returns: its gradient."""
+
+    def step() -> Tensor:
+        leaf.grad = None
+        with torch.enable_grad():
+            loss(leaf).backward()
+        return leaf.grad
+
+    return step
 
 
 # ---- time --------------------------------------------------------------------------------------------------------

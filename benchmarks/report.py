@@ -187,6 +187,27 @@ def classification_table(rows: list[Row]) -> str:
     return table(["51 logits, nanoseconds a token", *(f"{case[0][16:]} {case[1]}" for case in cases)], lines)
 
 
+def general_table(rows: list[Row]) -> str:
+    """Microseconds, in brackets of ours multiples of the plain operator, of what is composed multiples of ours."""
+    shapes = distinct(rows, "B", "T")
+    lines, slower = [], []
+    for name in (name for (name,) in distinct(rows, "contestant") if not name.startswith("composed: ")):
+        _option, _, passes = name.partition(", ")
+        cells = []
+        for B, T in shapes:
+            times = {row["contestant"]: micros(row) for row in select(rows, B=B, T=T)}
+            composed = f"composed: {name}"
+            for way, base in ((name, f"mse, {passes}" if passes else OURS[0]), (composed, name)):
+                ratio = f" ({times[way] / times[base]:.2f}x)" if way in times and way != base else ""
+                cells.append(f"{digits(times[way])}{ratio}" if way in times else "-")
+            if times.get(composed, math.inf) < times[name]:
+                slower.append(f"{name} ({int(B):,} x {int(T):,})")
+        lines.append([name, *cells])
+    header = (f"{prefix}{int(B):,} x {int(T):,}" for B, T in shapes for prefix in ("", "composed, "))
+    text = table(["microseconds", *header], lines)
+    return text + (f"\nSlower than what is composed: {'; '.join(slower)}.\n" if slower else "")
+
+
 # ---- goals -------------------------------------------------------------------------------------------------------
 
 
@@ -358,6 +379,7 @@ def sections(folder: Path) -> dict[str, str]:
         "dtypes": ("dtypes", dtypes_table),
         "overhead": ("overhead", overhead_table),
         "classification": ("classification", classification_table),
+        "general": ("general", general_table),
         "peers": ("peers", lambda rows: peers_table(rows, medians=False)),
         "peers with medians": ("peers", lambda rows: peers_table(rows, medians=True)),
     }
@@ -384,6 +406,7 @@ def write(folder: Path) -> None:
         "dtypes": "By dtype, nanoseconds a token, one thread",
         "overhead": "Overhead of a call",
         "classification": "Classification against the returns, one thread",
+        "general": "By options, one thread",
     }
     for name, title in titles.items():
         if name in text:

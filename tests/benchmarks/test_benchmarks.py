@@ -7,6 +7,7 @@ from importlib import metadata
 from pathlib import Path
 
 import cpu
+import general
 import gpu
 import harness
 import pytest
@@ -26,6 +27,7 @@ TINY = cpu.Plan(
     rows=(1, 4),
     densities=(0.3, 1.0),
     density_shapes=((2, 130),),
+    general_shapes=((3, 70),),
     slow_peers=True,
     tokens_peers=True,
 )
@@ -105,7 +107,43 @@ def test_contestants_on_the_device_are_right(work, dtype):
     contestants = [gpu.OURS[work](torch.ones(())), *map(gpu.ON_TOP[work], (log2_doubling, gpu.return_loop, scan))]
     for name, contestant in zip(names, contestants, strict=True):
         gpu.check_all(name, contestant(*batch), exact)
-    gpu.check_all("full call", (gpu.full_call(work, batch)(),), exact[-1:])
+    if work in gpu.PUBLIC_LOSSES:
+        gpu.check_all("full call", (gpu.full_call(work, batch)(),), exact[-1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("work", list(gpu.GENERAL))
+def test_options_on_the_device_are_right(work, dtype):
+    values, rewards, _attention_mask, mask = batch_with(T=150)
+    batch = (values.to(dtype), rewards, mask)
+    for name, contestant in gpu.contestants(work):
+        gpu.check_all(name, contestant(*gpu.prepare(work, batch)), gpu.exact(work, batch))
+
+
+@pytest.mark.parametrize("wrong", ["ours", "composed"])
+def test_a_wrong_option_is_never_timed(monkeypatch, tmp_path, wrong):
+    def of_a_wrong_case(batch):
+        case = general.cases(batch)["huber, forward"]
+        return {"huber, forward": case._replace(**{wrong: lambda: getattr(case, wrong)() + 1e-3})}
+
+    monkeypatch.setattr(cpu, "cases", of_a_wrong_case)
+    with pytest.raises(SystemExit, match="huber, forward is wrong"):
+        cpu.run(TINY, tmp_path, ["general"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_options_move_the_bytes_that_are_counted():
+    ones = torch.ones(4, 50, dtype=torch.bool)
+    cases = general.cases(Batch(torch.zeros(4, 50), torch.zeros(4), ones, ones))  # one mask for both
+    rows, offsets = 4 * 4, 5 * 8
+    for name, a_token, others in (
+        ("rewards", 4 + 1 + 4 + 4, rows),
+        ("returns and advantages", 4 + 1 + 4 + 4, rows),
+        ("packed returns", 4 + 4, rows + offsets),
+        ("clipped, forward", 4 + 1 + 4, rows),
+        ("clipped, forward + backward", 2 * (4 + 1 + 4) + 4, 2 * rows),
+    ):
+        assert cases[name].bytes_moved == 200 * a_token + others, name
 
 
 def test_exact_answers_on_the_device_are_those_on_the_cpu():
@@ -213,6 +251,13 @@ def test_a_tiny_run_writes_csv_tables_and_plots(monkeypatch, tmp_path):
     assert float(loop["times_lambda_return"]) == pytest.approx(float(loop["min_us"]) / float(ours["min_us"]), rel=0.01)
     assert ours["bytes_a_token"] == "9"
     assert float(ours["times_copy"]) > 0
+    options = [row["contestant"] for row in rows_of(tmp_path / "general.csv")]
+    expected = general.cases(batch_with())
+    assert options[0] == "lambda_return"
+    assert [name for name in options[1:] if not name.startswith("composed: ")] == list(expected)
+    assert [name[10:] for name in options if name.startswith("composed: ")] == [
+        name for name, case in expected.items() if case.composed
+    ]
 
 
 def test_peers_without_their_packages_say_so(monkeypatch):
@@ -259,6 +304,25 @@ def test_the_pages_quote_the_results_that_are_checked_in():
         page = path.read_text()
         assert "<!-- benchmark " in page
         assert report.update(page, text) == page, f"{path.name}: run python benchmarks/report.py"
+
+
+def test_options_are_multiples_of_the_plain_operators_and_what_is_composed_of_ours():
+    times = {
+        "lambda_return": 10.0, "rewards": 15.0, "mse, forward": 20.0, "composed: mse, forward": 90.0,
+        "mse, forward + backward": 40.0, "huber, forward + backward": 50.0,
+        "composed: huber, forward + backward": 125.0, "clipped, forward": 30.0, "composed: clipped, forward": 15.0,
+    }  # fmt: skip
+    rows = [{"B": "64", "T": "1024", "contestant": name, "min_us": time} for name, time in times.items()]
+    assert report.general_table(rows).splitlines()[2:] == [
+        "| lambda_return | 10.0 | - |",
+        "| rewards | 15.0 (1.50x) | - |",
+        "| mse, forward | 20.0 | 90.0 (4.50x) |",
+        "| mse, forward + backward | 40.0 | - |",
+        "| huber, forward + backward | 50.0 (1.25x) | 125 (2.50x) |",
+        "| clipped, forward | 30.0 (1.50x) | 15.0 (0.50x) |",
+        "",
+        "Slower than what is composed: clipped, forward (64 x 1,024).",
+    ]
 
 
 def test_goals_are_judged(tmp_path):
