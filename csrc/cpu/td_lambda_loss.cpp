@@ -22,7 +22,7 @@ void for_loss_blocks(const TdLambdaLossArguments& in, const Layout& layout, cons
       if (row_old != nullptr) kernels<scalar_t>().widen(row_old + block.begin, block.length, old_values);
       if (row_attention != nullptr) {
         for (int64_t t = 0; t < block.length; ++t) {
-          both[t] = block.mask[t] != 0 && row_attention[block.begin + t] != 0;
+          both[t] = (block.mask[t] != 0) & (row_attention[block.begin + t] != 0);
         }
       }
       take(
@@ -83,13 +83,12 @@ Tensor td_lambda_loss_backward(
     for_loss_blocks<scalar_t>(in, layout, [&](const Stretch& stretch, const auto& block, LossBlock<acc_t> tokens) {
       alignas(64) acc_t derivatives[kBlock];
       tokens.derivatives = derivatives;
-      token_loops(acc_t()).token_losses(token_loss, tokens, nullptr);
-      const acc_t* row_g = layout.row_of(g, stretch.row);
-      const acc_t factor = of_tokens ? acc_t(0) : *grad * row_scale[stretch.row];
-      for (int64_t t = 0; t < tokens.length; ++t) {
-        const acc_t weighted = derivatives[t] * (of_tokens ? row_g[block.begin + t] : factor);
-        derivatives[t] = tokens.counts[t] != 0 ? weighted : acc_t(0);
+      if (of_tokens) {
+        tokens.factors = layout.row_of(g, stretch.row) + block.begin;
+      } else {
+        tokens.factor = *grad * row_scale[stretch.row];
       }
+      token_loops(acc_t()).token_losses(token_loss, tokens, nullptr);
       kernels<scalar_t>().narrow(derivatives, block.length, layout.row_of(dv, stretch.row) + block.begin);
     });
   }), LAMBDA_RETURN_VALUE_TYPES);

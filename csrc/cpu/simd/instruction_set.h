@@ -101,8 +101,8 @@ struct RowKernels {
       const acc_t* factors, scalar_t* grad_logits);
 };
 
-// At most kBlock tokens of a row and what became of them, [length] all. Null: no rewards, not clipped; and of the last
-// two, not asked for.
+// At most kBlock tokens of a row and what became of them, [length] all. Null: no rewards, not clipped, and of
+// derivatives and losses, not asked for.
 template <class acc_t>
 struct LossBlock {
   int64_t length;
@@ -110,6 +110,9 @@ struct LossBlock {
   const acc_t *carries, *rewards, *old_values;
   const uint8_t* counts;
   acc_t *derivatives, *losses;
+  // Derivatives are times factors [length], or times factor where there are none.
+  const acc_t* factors = nullptr;
+  acc_t factor = 1;
 };
 
 // The general operators but for the recurrence, on at most kBlock tokens; see token_loops.h.

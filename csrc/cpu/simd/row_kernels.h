@@ -143,24 +143,35 @@ struct Attention {
   }
 };
 
-// x in float64, its two halves added where it is float32.
-LAMBDA_RETURN_INLINE auto in_float64(Vector<double, kDoubleLanes> x) { return x; }
+constexpr auto unchanged = [](auto x) LAMBDA_RETURN_INLINE_LAMBDA { return x; };
+
+// f of x in float64, its two halves added where it is float32.
+template <class F = decltype(unchanged)>
+LAMBDA_RETURN_INLINE auto in_float64(Vector<double, kDoubleLanes> x, const F& f = unchanged) {
+  return f(x);
+}
 #if LAMBDA_RETURN_FMA
-LAMBDA_RETURN_INLINE auto in_float64(Vector<float, 8> x) {
-  return (Vector<double, 4>)_mm256_cvtps_pd((__m128)low_half(x)) +
-         (Vector<double, 4>)_mm256_cvtps_pd((__m128)high_half(x));
+template <class F = decltype(unchanged)>
+LAMBDA_RETURN_INLINE auto in_float64(Vector<float, 8> x, const F& f = unchanged) {
+  return f((Vector<double, 4>)_mm256_cvtps_pd((__m128)low_half(x))) +
+         f((Vector<double, 4>)_mm256_cvtps_pd((__m128)high_half(x)));
 }
 #if LAMBDA_RETURN_AVX512
-LAMBDA_RETURN_INLINE auto in_float64(Vector<float, 16> x) {
-  return (Vector<double, 8>)_mm512_cvtps_pd((__m256)low_half(x)) +
-         (Vector<double, 8>)_mm512_cvtps_pd((__m256)high_half(x));
+template <class F = decltype(unchanged)>
+LAMBDA_RETURN_INLINE auto in_float64(Vector<float, 16> x, const F& f = unchanged) {
+  return f((Vector<double, 8>)_mm512_cvtps_pd((__m256)low_half(x))) +
+         f((Vector<double, 8>)_mm512_cvtps_pd((__m256)high_half(x)));
 }
 #else
-LAMBDA_RETURN_INLINE auto in_float64(Vector<float, 16> x) { return in_float64(low_half(x)) + in_float64(high_half(x)); }
+template <class F = decltype(unchanged)>
+LAMBDA_RETURN_INLINE auto in_float64(Vector<float, 16> x, const F& f = unchanged) {
+  return in_float64(low_half(x), f) + in_float64(high_half(x), f);
+}
 #endif
 #else
-LAMBDA_RETURN_INLINE auto in_float64(Vector<float, 4> x) {
-  return Vector<double, 2>{x[0], x[1]} + Vector<double, 2>{x[2], x[3]};
+template <class F = decltype(unchanged)>
+LAMBDA_RETURN_INLINE auto in_float64(Vector<float, 4> x, const F& f = unchanged) {
+  return f(Vector<double, 2>{x[0], x[1]}) + f(Vector<double, 2>{x[2], x[3]});
 }
 #endif
 

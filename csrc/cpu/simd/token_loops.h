@@ -1,5 +1,5 @@
 // The general operators token by token, on a block that the scan has left in the cache: everything but the recurrence.
-// Plain loops, vectorised by the compiler for the target they are included under, but for what needs exp and log.
+// Plain loops where the compiler vectorises them for the target they are included under, vectors where it does not.
 //
 // No include guard: see row_kernels.h. Rewards, masks and old values may be null: none, all valid, not clipped.
 
@@ -17,7 +17,6 @@ LAMBDA_RETURN_INLINE void map_tokens(int64_t n, To* to, const F& f, const From*.
     std::memcpy(static_cast<void*>(to + t), lanes, (n - t) * sizeof(To));
   }
 }
-constexpr auto unchanged = [](auto x) LAMBDA_RETURN_INLINE_LAMBDA { return x; };
 
 template <class scalar_t>
 void widen_tokens(const scalar_t* from, int64_t n, accumulate_of<scalar_t>* to) {
@@ -72,109 +71,156 @@ template <class acc_t>
 void finish_adjoint(
     const acc_t* before, const acc_t* grads, const uint8_t* mask, Discount<acc_t> discount, int64_t n,
     acc_t* grad_values, acc_t* grad_rewards) {
+  const acc_t value = discount.value, carry = discount.carry;  // what has weight 0 is left out: it may be infinite
   for (int64_t t = 0; t < n; ++t) {
-    grad_values[t] = mask[t] != 0 ? discount.weighted_value(before[t]) : acc_t(0);
+    grad_values[t] = mask[t] != 0 ? before[t] : acc_t(0);
   }
-  if (grad_rewards != nullptr) {
-    for (int64_t t = 0; t < n; ++t) {
-      grad_rewards[t] = mask[t] != 0 ? discount.adjoint_step(grads[t], before[t]) : acc_t(0);
-    }
+  for (int64_t t = 0; t < n; ++t) {
+    grad_values[t] = value == 0 ? acc_t(0) : value * grad_values[t];
   }
-}
-
-// The sum of x and of its squares in float64, in eight partial sums.
-template <class acc_t>
-LAMBDA_RETURN_INLINE void add_sums(const acc_t* x, int64_t n, double* sum, double* squares) {
-  double sums[8] = {}, squared[8] = {};
-  for (int64_t t = 0; t < n; t += 8) {
-    for (int lane = 0; lane < 8; ++lane) {
-      const double value = x[t + lane];
-      sums[lane] += value;
-      squared[lane] += value * value;
-    }
-  }
-  for (int lane = 0; lane < 8; ++lane) {
-    *sum += sums[lane];
-    if (squares != nullptr) *squares += squared[lane];
+  if (grad_rewards == nullptr) return;
+  for (int64_t t = 0; t < n; ++t) {
+    const acc_t x = carry == 0 ? grads[t] : carry * before[t] + grads[t];
+    grad_rewards[t] = mask[t] != 0 ? x : acc_t(0);
   }
 }
 
-// The two cross-entropies of token_loss.h.
-template <LossKind kKind, class acc_t>
-void cross_entropies_of_values(const LossBlock<acc_t>& block, const acc_t* targets, acc_t* losses) {
-  using V = Vector<acc_t, lanes_of<acc_t>>;
-  if constexpr (kKind == LossKind::kBceLogits) {
-    const auto loss = [&](V x, V target) LAMBDA_RETURN_INLINE_LAMBDA {
-      return (x > 0 ? x : V{}) - x * target + log1p_of<acc_t>(exp_of<acc_t>(x < 0 ? x : -x));
-    };
-    map_tokens(block.length, losses, loss, block.outputs, targets);
+// The losses of token_loss.h in vectors, without a branch.
+template <LossKind kKind, class acc_t, class V>
+LAMBDA_RETURN_INLINE V losses_of(V x, V v, V target, acc_t delta) {
+  const V e = v - target;
+  if constexpr (kKind == LossKind::kMse) {
+    return e * e;
+  } else if constexpr (kKind == LossKind::kBceLogits) {
+    return (x > 0 ? x : V{}) - x * target + log1p_of<acc_t>(exp_of<acc_t>(x < 0 ? x : -x));
+  } else if constexpr (kKind == LossKind::kBce) {
+    const V log_v = log_of<acc_t>(v), log_rest = log_rest_of<acc_t>(v), least = broadcast<V>(acc_t(-100));
+    return -target * (log_v < least ? least : log_v) - (1 - target) * (log_rest < least ? least : log_rest);
   } else {
-    const auto loss = [&](V v, V target) LAMBDA_RETURN_INLINE_LAMBDA {
-      const auto log_v = log_of<acc_t>(v), log_rest = log_rest_of<acc_t>(v), least = broadcast<V>(acc_t(-100));
-      return -target * (log_v < least ? least : log_v) - (1 - target) * (log_rest < least ? least : log_rest);
-    };
-    map_tokens(block.length, losses, loss, block.values, targets);
+    const V magnitude = e < 0 ? -e : e, outside = delta * (magnitude - acc_t(0.5) * delta);
+    const V loss = magnitude > delta ? outside : acc_t(0.5) * e * e;  // a NaN is inside, and stays one
+    return kKind == LossKind::kHuber ? loss : loss / delta;
   }
 }
 
-template <LossKind kKind, class acc_t>
-LAMBDA_RETURN_INLINE acc_t cross_entropy_derivative(acc_t v, acc_t target) {
-  if constexpr (kKind == LossKind::kBceLogits) return v - target;
-  const acc_t variance = v * (1 - v), tiny = acc_t(1e-12);
-  return (v - target) / (variance < tiny ? tiny : variance);
+// Their derivatives.
+template <LossKind kKind, class acc_t, class V>
+LAMBDA_RETURN_INLINE V derivatives_of(V v, V target, acc_t delta) {
+  const V e = v - target;
+  if constexpr (kKind == LossKind::kMse) {
+    return 2 * e;
+  } else if constexpr (kKind == LossKind::kBceLogits) {
+    return e;
+  } else if constexpr (kKind == LossKind::kBce) {
+    const V variance = v * (1 - v), tiny = broadcast<V>(acc_t(1e-12));
+    return e / (variance < tiny ? tiny : variance);
+  } else {
+    const V bound = broadcast<V>(delta), magnitude = e < 0 ? -e : e;
+    const V derivative = magnitude > bound ? (e < 0 ? -bound : bound) : e;
+    return kKind == LossKind::kHuber ? derivative : derivative / delta;
+  }
+}
+
+// TokenSums in lanes, each added to in float64.
+template <class V>
+struct TokenSumLanes {
+  using Wide = decltype(in_float64(V()));
+  Wide loss{}, returns{}, squared_returns{}, errors{}, squared_errors{};
+  V tokens{}, clipped{};  // of one block, and so exact
+
+  LAMBDA_RETURN_INLINE void add(V losses, V targets, V differences) {
+    constexpr auto square = [](auto x) LAMBDA_RETURN_INLINE_LAMBDA { return x * x; };
+    loss += in_float64(losses);
+    returns += in_float64(targets);
+    squared_returns += in_float64(targets, square);
+    errors += in_float64(differences);
+    squared_errors += in_float64(differences, square);
+  }
+  LAMBDA_RETURN_INLINE void add_to(TokenSums* sums) const {
+    sums->loss += sum_of_lanes(loss);
+    sums->returns += sum_of_lanes(returns);
+    sums->squared_returns += sum_of_lanes(squared_returns);
+    sums->errors += sum_of_lanes(errors);
+    sums->squared_errors += sum_of_lanes(squared_errors);
+    sums->tokens += sum_of_lanes(in_float64(tokens));
+    sums->clipped += sum_of_lanes(in_float64(clipped));
+  }
+};
+
+// The last tokens of a block, fewer than a vector has, and after them tokens that do not count.
+template <LossKind kKind, bool kClipped, class acc_t>
+void token_losses_of_kind(const TokenLoss<acc_t>& settings, const LossBlock<acc_t>& block, TokenSums* sums);
+template <LossKind kKind, bool kClipped, class acc_t>
+void token_losses_of_edge(
+    const TokenLoss<acc_t>& settings, const LossBlock<acc_t>& block, int64_t begin, TokenSums* sums) {
+  constexpr int W = lanes_of<acc_t>;
+  using Edge = EdgeBuffer<W, acc_t>;
+  const int64_t rest = block.length - begin;
+  const auto edge_of = [&](const acc_t* x) { return x != nullptr ? Edge(x + begin, rest) : Edge(); };
+  const Edge outputs = edge_of(block.outputs), values = edge_of(block.values), carries = edge_of(block.carries),
+             rewards = edge_of(block.rewards), old_values = edge_of(block.old_values), factors = edge_of(block.factors);
+  const EdgeBuffer<W, uint8_t> counts(block.counts + begin, rest);
+  Edge derivatives, losses;
+  LossBlock<acc_t> edge = block;
+  edge.length = W;
+  edge.outputs = outputs.data;
+  edge.values = values.data;
+  edge.carries = carries.data;
+  edge.rewards = rewards.data;
+  edge.old_values = old_values.data;
+  edge.counts = counts.data;
+  if (block.factors != nullptr) edge.factors = factors.data;
+  if (block.derivatives != nullptr) edge.derivatives = derivatives.data;
+  if (block.losses != nullptr) edge.losses = losses.data;
+  token_losses_of_kind<kKind, kClipped>(settings, edge, sums);
+  if (block.derivatives != nullptr) std::memcpy(block.derivatives + begin, derivatives.data, rest * sizeof(acc_t));
+  if (block.losses != nullptr) std::memcpy(block.losses + begin, losses.data, rest * sizeof(acc_t));
 }
 
 template <LossKind kKind, bool kClipped, class acc_t>
-void token_losses_of_kind(TokenLoss<acc_t> loss, const LossBlock<acc_t>& block, TokenSums* sums) {
-  constexpr bool kIsEntropy = kKind == LossKind::kBce || kKind == LossKind::kBceLogits;
-  alignas(64) acc_t losses[kBlock], targets[kBlock], errors[kBlock];
-  loss.kind = kKind;
-  for (int64_t t = 0; t < block.length; ++t) {
-    targets[t] = block.carries[t] + (block.rewards == nullptr ? acc_t(0) : block.rewards[t]);
-  }
-  if constexpr (kIsEntropy) {
-    if (block.losses != nullptr || sums != nullptr) {
-      cross_entropies_of_values<kKind>(block, targets, losses);
-    } else {
-      std::memset(losses, 0, block.length * sizeof(acc_t));
+void token_losses_of_kind(const TokenLoss<acc_t>& settings, const LossBlock<acc_t>& block, TokenSums* sums) {
+  constexpr int W = lanes_of<acc_t>;
+  using V = Vector<acc_t, W>;
+  const acc_t delta = settings.delta;
+  const V range = broadcast<V>(settings.clip_range);
+  const bool with_losses = block.losses != nullptr || sums != nullptr || kClipped;
+  TokenSumLanes<V> lanes;
+  int64_t t = 0;
+  for (; t + W <= block.length; t += W) {
+    const auto counts = TokenMask<acc_t, W>::of(widen_bytes<W>(block.counts + t), 0);
+    const V x = load<W>(block.outputs + t), v = load<W>(block.values + t);
+    V target = load<W>(block.carries + t);
+    if (block.rewards != nullptr) target += load<W>(block.rewards + t);
+    V loss = with_losses ? losses_of<kKind>(x, v, target, delta) : V{};
+    V derivative = block.derivatives != nullptr ? derivatives_of<kKind>(v, target, delta) : V{};
+    if constexpr (kClipped) {
+      const V old = load<W>(block.old_values + t), change = v - old;
+      const V held = old + (change > range ? range : change < -range ? -range : change);
+      const V held_loss = losses_of<kKind>(held, held, target, delta);
+      // What is within the range is not held, however old + (V - old) rounds.
+      const auto is_held = ((change > range) | (change < -range)) & (held_loss > loss);
+      loss = is_held ? held_loss : loss;
+      derivative = is_held ? V{} : derivative;
+      lanes.clipped += counts.keep(is_held ? broadcast<V>(acc_t(1)) : V{});
+    }
+    loss = counts.keep(loss);
+    if (block.losses != nullptr) store<W>(block.losses + t, loss);
+    if (block.derivatives != nullptr) {
+      const V factor = block.factors != nullptr ? load<W>(block.factors + t) : broadcast<V>(block.factor);
+      store<W>(block.derivatives + t, counts.keep(derivative * factor));
+    }
+    if (sums != nullptr) {
+      lanes.add(loss, counts.keep(target), counts.keep(target - v));
+      lanes.tokens += counts.keep(broadcast<V>(acc_t(1)));
     }
   }
-  int64_t tokens = 0, clipped = 0;
-  for (int64_t t = 0; t < block.length; ++t) {
-    const bool counts = block.counts[t] != 0;
-    const acc_t target = targets[t];
-    TokenLossResult<acc_t> result;
-    if constexpr (kIsEntropy) {
-      result = {losses[t], cross_entropy_derivative<kKind>(block.values[t], target), false};
-    } else if constexpr (kClipped) {
-      result = loss.clipped(block.values[t], block.old_values[t], target);
-    } else {
-      result = loss(block.outputs[t], block.values[t], target);
-    }
-    losses[t] = counts ? result.loss : acc_t(0);
-    targets[t] = counts ? target : acc_t(0);
-    errors[t] = counts ? target - block.values[t] : acc_t(0);
-    if (block.derivatives != nullptr) block.derivatives[t] = counts ? result.derivative : acc_t(0);
-    tokens += counts;
-    clipped += counts && result.clipped;
-  }
-  if (block.losses != nullptr) std::memcpy(block.losses, losses, block.length * sizeof(acc_t));
-  if (sums != nullptr) {
-    const int64_t whole = (block.length + 7) / 8 * 8;
-    for (int64_t t = block.length; t < whole; ++t) {
-      losses[t] = targets[t] = errors[t] = 0;
-    }
-    sums->tokens += static_cast<double>(tokens);
-    sums->clipped += static_cast<double>(clipped);
-    add_sums(losses, whole, &sums->loss, nullptr);
-    add_sums(targets, whole, &sums->returns, &sums->squared_returns);
-    add_sums(errors, whole, &sums->errors, &sums->squared_errors);
-  }
+  if (sums != nullptr) lanes.add_to(sums);
+  if (t < block.length) token_losses_of_edge<kKind, kClipped>(settings, block, t, sums);
 }
 
 template <class acc_t>
 void token_losses(const TokenLoss<acc_t>& loss, const LossBlock<acc_t>& block, TokenSums* sums) {
-  using Loops = void (*)(TokenLoss<acc_t>, const LossBlock<acc_t>&, TokenSums*);
+  using Loops = void (*)(const TokenLoss<acc_t>&, const LossBlock<acc_t>&, TokenSums*);
   const bool clipped = block.old_values != nullptr;
   const Loops loops = loss.kind == LossKind::kMse     ? (clipped ? token_losses_of_kind<LossKind::kMse, true, acc_t>
                                                                  : token_losses_of_kind<LossKind::kMse, false, acc_t>)
