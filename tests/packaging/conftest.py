@@ -3,10 +3,11 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from environments import Environment, copy_sources
+from environments import BUILD_TOOLS, Environment, copy_sources
 
 
 @pytest.fixture
@@ -22,12 +23,35 @@ def sources(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of the package, built once with --no-build-isolation."""
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source distribution of the package, built once."""
+    folder = tmp_path_factory.mktemp("sdist")
+    build = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=copy_sources(folder / "sources"), check=True, capture_output=True)
+    (sdist,) = folder.glob("*.tar.gz")
+    return sdist
+
+
+@dataclass
+class WheelBuild:
+    """A wheel, the environment that built it, and what pip said."""
+
+    wheel: Path
+    environment: Environment
+    output: str
+
+
+@pytest.fixture(scope="session")
+def wheel_build(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> WheelBuild:
+    """The wheel of the source distribution, built once as ``pip install`` does: with build isolation."""
     folder = tmp_path_factory.mktemp("wheel")
-    sources = copy_sources(folder / "sources")
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(folder), "."]
-    done = subprocess.run(command, cwd=sources, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    environment = Environment(folder / "env", hidden=BUILD_TOOLS)
+    output = environment.run("-m", "pip", "wheel", "--no-deps", "--wheel-dir", folder, sdist).stdout
     (wheel,) = folder.glob("*.whl")
-    return wheel
+    return WheelBuild(wheel, environment, output)
+
+
+@pytest.fixture
+def wheel(wheel_build: WheelBuild) -> Path:
+    """The wheel of the package."""
+    return wheel_build.wheel

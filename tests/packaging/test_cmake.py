@@ -1,13 +1,16 @@
-"""The C++ product: configure, build, ctest, install, and a project that finds it."""
+"""The C++ product: configure, build, ctest, instructions of its kernels, install, and a project that finds it."""
 
+import json
 import platform
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from environments import copy_sources
 
 pytestmark = pytest.mark.packaging
 
@@ -52,20 +55,48 @@ def nvcc_finds_its_headers(folder: Path) -> bool:
     return subprocess.run(["nvcc", "-E", source], capture_output=True).returncode == 0
 
 
-def test_build_ctest_install_and_use(sources, tmp_path):
-    build, prefix = tmp_path / "build", tmp_path / "prefix"
-    configured = run("cmake", "-B", build, f"-DPython_EXECUTABLE={sys.executable}", cwd=sources)
-    run("cmake", "--build", build, "--parallel", "2", cwd=sources)
+@dataclass
+class Build:
+    """A build of everything, from a copy of the sources."""
+
+    sources: Path
+    folder: Path
+    configured: str  # what CMake said
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cmake")
+    sources = copy_sources(folder / "sources")
+    configured = run("cmake", "-B", folder / "build", f"-DPython_EXECUTABLE={sys.executable}", cwd=sources)
+    run("cmake", "--build", folder / "build", "--parallel", "2", cwd=sources)
+    return Build(sources, folder / "build", configured)
+
+
+def test_ctest(build, tmp_path):
     # The kernels, the operators from C++ and, where the CUDA headers are found, the CUDA kernels under the emulator.
     expected = ["kernels", "simd", "ops"]
-    if "CXX compiler identification is GNU" in configured and nvcc_finds_its_headers(tmp_path):
+    if "CXX compiler identification is GNU" in build.configured and nvcc_finds_its_headers(tmp_path):
         expected += [f"cuda_kernels_{flags}" for flags in ("plain", "thread", "address")] + ["planted_bugs"]
-    report = run("ctest", "--test-dir", build, "--parallel", "2", cwd=sources)
+    report = run("ctest", "--test-dir", build.folder, "--parallel", "2", cwd=build.sources)
     assert "100% tests passed, 0 tests failed" in report
     passed = re.findall(r"Test +#\d+: (\S+) \.+ +Passed", report)
     assert set(expected) <= set(passed), report
-    run("cmake", "--install", build, "--prefix", prefix, cwd=sources)
 
+
+def test_no_kernel_got_slower(build):
+    if shutil.which("valgrind") is None:
+        pytest.skip("needs valgrind")
+    compiler = re.search(r"CXX compiler identification is (.*)", build.configured)[1]
+    figures = json.loads((build.sources / "csrc/testing/instruction_counts.json").read_text())
+    if compiler != figures["compiler"]:
+        pytest.skip(f"the figures are those of {figures['compiler']}, this is {compiler}")
+    run(sys.executable, "csrc/testing/instruction_counts.py", build.folder / "instruction_counts", cwd=build.sources)
+
+
+def test_install_and_use(build, tmp_path):
+    prefix = tmp_path / "prefix"
+    run("cmake", "--install", build.folder, "--prefix", prefix, cwd=build.sources)
     consumer = tmp_path / "consumer"
     consumer.mkdir()
     (consumer / "CMakeLists.txt").write_text(CONSUMER_CMAKE)
