@@ -191,6 +191,6 @@ def _unfused(
     values = categorical_values(x, bins)
     targets = call(_ops.td_lambda.default, values, *scan[1:], False)
     losses = -(bins.probabilities(targets, x.shape[-1]) * x.log_softmax(-1)).sum(-1)
-    _squares, statistics = reference.token_losses(values, targets, counts)
+    statistics = reference.token_statistics(values, targets, counts)
     losses = torch.where(counts, losses, 0.0)
     return reference.reduce_losses(losses, counts, reduction, normalizer, scan.cu_seqlens), statistics

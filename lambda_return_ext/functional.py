@@ -642,11 +642,11 @@ def _value_loss(
     counts = torch.ones_like(values, dtype=torch.bool)
     for mask in (scan.mask, attention_mask):
         counts = counts if mask is None else counts & (mask != 0)
-    losses, statistics = reference.token_losses(
+    losses, clipped = reference.token_losses(
         outputs, targets, counts, LOSS_KINDS[loss.kind], loss.delta, loss.old_values, loss.clip_range
     )
     result = reference.reduce_losses(losses, counts, REDUCTIONS[loss.reduction], loss.normalizer, scan.cu_seqlens)
-    return (result, statistics) if return_statistics else result
+    return (result, reference.token_statistics(values, targets, counts, clipped)) if return_statistics else result
 
 
 def explained_variance(statistics: Tensor) -> Tensor:

@@ -177,13 +177,12 @@ def token_losses(
     old_values: Tensor | None = None,
     clip_range: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Losses of the head's outputs, in any shape and 0 where ``counts`` is False, and their statistics [6].
+    """Losses of the head's outputs, in any shape and 0 where ``counts`` is False, and which of them are clipped.
 
-    ``loss`` and the statistics are those of :func:`lambda_return_ext.compute_lambda_value_loss`.
+    ``loss`` is that of :func:`lambda_return_ext.compute_lambda_value_loss`.
     """
     # What does not count is replaced before the formulas, so that a NaN there reaches no gradient.
     outputs, targets = torch.where(counts, outputs, 0.5), torch.where(counts, targets, 0.5)
-    values = outputs.sigmoid() if loss == "bce_with_logits" else outputs
 
     def of(x: Tensor) -> Tensor:
         if loss == "mse":
@@ -206,10 +205,16 @@ def token_losses(
         held = of(old_values + (outputs - old_values).clamp(-clip_range, clip_range))
         clipped = held > losses
         losses = torch.where(clipped, held, losses)  # not maximum, which halves the gradient where both are equal
-    with torch.no_grad():
-        kept = torch.stack([targets, targets**2, targets - values, (targets - values) ** 2, clipped]).to(torch.float64)
-        statistics = torch.where(counts, torch.cat([torch.ones_like(kept[:1]), kept]), 0.0).flatten(1).sum(1)
-    return torch.where(counts, losses, 0.0), statistics
+    return torch.where(counts, losses, 0.0), clipped
+
+
+@torch.no_grad()
+def token_statistics(values: Tensor, targets: Tensor, counts: Tensor, clipped: Tensor | None = None) -> Tensor:
+    """Statistics [6] of :func:`lambda_return_ext.compute_lambda_value_loss`, of values in any shape."""
+    targets, errors = torch.where(counts, targets, 0.0), torch.where(counts, targets - values, 0.0)
+    clipped = torch.zeros_like(counts) if clipped is None else clipped & counts
+    kept = (counts, targets, targets**2, errors, errors**2, clipped)
+    return torch.stack([x.sum(dtype=torch.float64) for x in kept])
 
 
 def reduce_losses(
@@ -287,9 +292,9 @@ def lambda_value_loss_varlen(
             bootstrap_values=bootstrap_values,
         )
     old_values = None if old_values is None else _tokens(old_values.detach(), 1)
-    losses, statistics = token_losses(outputs, targets, counts, loss, delta, old_values, clip_range or 0.0)
+    losses, clipped = token_losses(outputs, targets, counts, loss, delta, old_values, clip_range or 0.0)
     result = reduce_losses(losses, counts, reduction, normalizer, cu_seqlens)
-    return (result, statistics) if return_statistics else result
+    return (result, token_statistics(values, targets, counts, clipped)) if return_statistics else result
 
 
 def compute_lambda_value_loss(

@@ -246,7 +246,7 @@ def test_the_statistics_are_those_of_the_values():
     _loss, statistics = loss(logits, return_statistics=True)
     values = categorical_values(logits)
     targets = case.returns(reference.compute_lambda_return, values=values, rewards=case.rewards.double())
-    _losses, expected = reference.token_losses(values, targets, case.loss_mask)
+    expected = reference.token_statistics(values, targets, case.loss_mask)
     torch.testing.assert_close(statistics, expected)
 
 

@@ -127,7 +127,7 @@ def expected(case: Case) -> dict[str, Tensor]:
         targets = reference.lambda_return_varlen(values, data["terminal"].double(), cu_seqlens, *scan, **options)
     losses = -(bins.probabilities(targets, case.K) * x.log_softmax(-1)).sum(-1)
     losses = torch.where(counts, losses, 0.0)
-    _losses, statistics = reference.token_losses(values, targets, counts)
+    statistics = reference.token_statistics(values, targets, counts)
     normalizer = None if case.normalizer is None else torch.tensor(case.normalizer, dtype=torch.float64)
     loss = reference.reduce_losses(losses, counts, case.reduction, normalizer, cu_seqlens)
     incoming = where(data["grad_losses"]).double() if case.reduction == "none" else torch.tensor(GRAD).double()
