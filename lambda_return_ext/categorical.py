@@ -152,8 +152,7 @@ def compute_categorical_value_loss(
         check_like("attention_mask", attention_mask, unseen)
     normalizer = check_normalizer(normalizer, reduction, unseen)
     if not detach_targets:
-        result, statistics = _unfused(logits, scan, attention_mask, bins, reduction, normalizer)
-        return (result, statistics) if return_statistics else result
+        return _unfused(logits, scan, attention_mask, bins, reduction, normalizer, return_statistics)
     scan = scan._replace(
         terminal_rewards=scan.terminal_rewards.detach(), rewards=None if rewards is None else rewards.detach()
     )
@@ -178,9 +177,15 @@ def compute_categorical_value_loss(
 
 
 def _unfused(
-    logits: Tensor, scan: _Scan, attention_mask: Tensor | None, bins: Bins, reduction: str, normalizer: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Return the loss and its statistics by torch's operations, with the gradient that flows through the targets."""
+    logits: Tensor,
+    scan: _Scan,
+    attention_mask: Tensor | None,
+    bins: Bins,
+    reduction: str,
+    normalizer: Tensor | None,
+    return_statistics: bool,
+) -> Any:
+    """Return the loss by torch's operations, with the gradient that flows through the targets."""
     x = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
     counts = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
     if scan.mask is not None:  # a NaN at a masked position would survive the derivative of the softmax
@@ -191,6 +196,6 @@ def _unfused(
     values = categorical_values(x, bins)
     targets = call(_ops.td_lambda.default, values, *scan[1:], False)
     losses = -(bins.probabilities(targets, x.shape[-1]) * x.log_softmax(-1)).sum(-1)
-    statistics = reference.token_statistics(values, targets, counts)
     losses = torch.where(counts, losses, 0.0)
-    return reference.reduce_losses(losses, counts, reduction, normalizer, scan.cu_seqlens), statistics
+    result = reference.reduce_losses(losses, counts, reduction, normalizer, scan.cu_seqlens)
+    return (result, reference.token_statistics(values, targets, counts)) if return_statistics else result

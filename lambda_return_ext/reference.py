@@ -1,10 +1,10 @@
 """Plain-torch oracle of the operators: slow, differentiable, and written from the definitions.
 
 The scans, their losses and what is made of both have the signatures of their twins in
-:mod:`lambda_return_ext.functional`; :func:`token_losses` and :func:`reduce_losses` are the parts of a loss. The loops
-follow the textbook recursion over *valid* positions rather than the carry of the kernels, so that one checks the other.
-Give it float64 to get a reference value. Nothing at a masked position is used: ``torch.where`` keeps a NaN there out of
-the result and of its gradient.
+:mod:`lambda_return_ext.functional`; :func:`token_losses`, :func:`token_statistics` and :func:`reduce_losses` are the
+parts of a loss. The loops follow the textbook recursion over *valid* positions rather than the carry of the kernels, so
+that one checks the other. Give it float64 to get a reference value. Nothing at a masked position is used:
+``torch.where`` keeps a NaN there out of the result and of its gradient.
 """
 
 from typing import Any
@@ -202,8 +202,10 @@ def token_losses(
     losses, clipped = of(outputs), torch.zeros_like(counts)
     if old_values is not None:
         old_values = torch.where(counts, old_values.to(outputs.dtype), 0.5)
-        held = of(old_values + (outputs - old_values).clamp(-clip_range, clip_range))
-        clipped = held > losses
+        change = outputs - old_values
+        held = of(old_values + change.clamp(-clip_range, clip_range))
+        # What is within the range is not clipped, however old + change rounds.
+        clipped = ((change > clip_range) | (change < -clip_range)) & (held > losses)
         losses = torch.where(clipped, held, losses)  # not maximum, which halves the gradient where both are equal
     return torch.where(counts, losses, 0.0), clipped
 
@@ -211,10 +213,10 @@ def token_losses(
 @torch.no_grad()
 def token_statistics(values: Tensor, targets: Tensor, counts: Tensor, clipped: Tensor | None = None) -> Tensor:
     """Statistics [6] of :func:`lambda_return_ext.compute_lambda_value_loss`, of values in any shape."""
-    targets, errors = torch.where(counts, targets, 0.0), torch.where(counts, targets - values, 0.0)
+    targets, errors = (torch.where(counts, x, 0.0).to(torch.float64) for x in (targets, targets - values))
     clipped = torch.zeros_like(counts) if clipped is None else clipped & counts
     kept = (counts, targets, targets**2, errors, errors**2, clipped)
-    return torch.stack([x.sum(dtype=torch.float64) for x in kept])
+    return torch.stack([x.sum().to(torch.float64) for x in kept])
 
 
 def reduce_losses(

@@ -282,14 +282,15 @@ def test_explained_variance_is_exact_after_one_sum():
 
 @pytest.mark.parametrize("shape", [(1, 7), (1, 100), (3, 1000), (2, 16384), (512, 4096)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_explained_variance_is_nan_where_the_targets_do_not_vary(shape, dtype):
+@pytest.mark.parametrize("detach", [True, False])
+def test_explained_variance_is_nan_where_the_targets_do_not_vary(shape, dtype, detach):
     # Sums of 0.1, which no float holds, are off by up to 135 units in the last place.
     values = torch.rand(shape, generator=rng(), dtype=dtype)
     mask = torch.ones(shape, dtype=torch.bool)
     rewards = torch.full(shape[:1], 0.1, dtype=torch.float64)
 
     def explained_variance():
-        options = {"gamma": 1.0, "lam": 1.0, "return_statistics": True}
+        options = {"gamma": 1.0, "lam": 1.0, "return_statistics": True, "detach_targets": detach}
         return lr.explained_variance(lr.compute_lambda_value_loss(values, rewards, mask, mask, **options)[1])
 
     assert explained_variance().isnan()
@@ -316,6 +317,25 @@ def test_the_full_gradient_flows_through_the_targets(where, reduction, loss):
     torch.testing.assert_close(function(x), ours(case, x, loss=loss, reduction=reduction, delta=0.4, **options))
     torch.autograd.gradcheck(function, x)
     torch.autograd.gradgradcheck(function, x)
+
+
+@pytest.mark.parametrize("clip_range", [0.3, 10.0])
+@pytest.mark.parametrize("loss", CLIPPED)
+def test_the_statistics_do_not_depend_on_the_gradient_through_the_targets(loss, clip_range):
+    """Nor does what is clipped: old + (V - old) rounds, in float32, also where V is within the range of old."""
+    shape = (4, 4096)
+    values, old_values = torch.rand(shape, generator=rng(1)), torch.rand(shape, generator=rng(2))
+    mask = torch.rand(shape, generator=rng(3)) < 0.7
+    options = {"loss": loss, "old_values": old_values, "clip_range": clip_range, "return_statistics": True}
+    rewards = torch.rand(4, generator=rng(4))
+    fused, unfused = (
+        lr.compute_lambda_value_loss(values, rewards, mask, mask, detach_targets=detach, **options)
+        for detach in (True, False)
+    )
+    torch.testing.assert_close(fused[0], unfused[0])
+    assert fused[1][5] == unfused[1][5]
+    assert (fused[1][5] > 0) == (clip_range < 1)
+    torch.testing.assert_close(fused[1], unfused[1], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("loss", LOSS_KINDS)
