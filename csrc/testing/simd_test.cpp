@@ -385,7 +385,75 @@ void check_cross_entropies(const char* set, const char* dtype, const TokenLoops<
   failures += !(of_sigmoid <= 2) + !(of_logits <= 2.5) + !(of_values <= 2.5) + !sums_agree;
 }
 
+// ---- the regression losses ------------------------------------------------------------------------------------------
+
+// Against TokenLoss itself, on a grid on which nothing is rounded and which ties and changes of just the clip range are
+// on: forward and backward in one call, at every place in a vector, NaN where nothing counts, NaN and infinity also
+// where it does.
+template <class acc_t>
+void check_regression_losses(const char* set, const char* dtype, const TokenLoops<acc_t>& loops) {
+  const acc_t infinity = std::numeric_limits<acc_t>::infinity(), nan = acc_t(kNaN);
+  const auto same = [](double got, double want) { return got == want || (got != got && want != want); };
+  std::mt19937 generator(1);
+  const auto grid = [&](int64_t n, bool with_specials) {
+    std::vector<acc_t> x(n);
+    for (acc_t& at : x) {
+      const uint32_t random = generator();
+      at = acc_t(static_cast<int>(random % 65) - 32) / 16;
+      if (with_specials && random % 41 == 0) at = random % 3 == 0 ? nan : random % 3 == 1 ? infinity : -infinity;
+    }
+    return x;
+  };
+  std::vector<int64_t> lengths{1023, 1024};
+  for (int64_t n = 1; n <= 40; ++n) lengths.push_back(n);
+  int64_t wrong = 0, tokens_clipped = 0;
+  for (const LossKind kind : {LossKind::kMse, LossKind::kHuber, LossKind::kSmoothL1}) {
+    for (int form = 0; form < 16; ++form) {
+      const bool clips = form & 1, with_rewards = form & 2, by_token = form & 4, with_specials = form & 8;
+      for (const int64_t n : lengths) {
+        auto values = grid(n, with_specials), carries = grid(n, with_specials);
+        const auto rewards = grid(n, false), old_values = grid(n, with_specials), factors = grid(n, false);
+        std::vector<uint8_t> counts(n);
+        for (int64_t t = 0; t < n; ++t) {
+          counts[t] = generator() % 3 != 0;
+          if (!counts[t]) values[t] = carries[t] = nan;
+        }
+        const TokenLoss<acc_t> loss{kind, acc_t(0.5), acc_t(0.75)};
+        std::vector<acc_t> losses(n), derivatives(n);
+        LossBlock<acc_t> block{n,       values.data(), values.data(),      carries.data(), nullptr,
+                               nullptr, counts.data(), derivatives.data(), losses.data()};
+        if (with_rewards) block.rewards = rewards.data();
+        if (clips) block.old_values = old_values.data();
+        if (by_token) block.factors = factors.data();
+        block.factor = acc_t(0.25);
+        TokenSums sums, expected;
+        loops.token_losses(loss, block, &sums);
+        for (int64_t t = 0; t < n; ++t) {
+          if (!counts[t]) {
+            wrong += losses[t] != 0 || derivatives[t] != 0;
+            continue;
+          }
+          const acc_t target = carries[t] + (with_rewards ? rewards[t] : acc_t(0)), v = values[t];
+          const TokenLossResult<acc_t> want = clips ? loss.clipped(v, old_values[t], target) : loss(v, v, target);
+          wrong += !same(losses[t], want.loss);
+          wrong += !same(derivatives[t], want.derivative * (by_token ? factors[t] : acc_t(0.25)));
+          const double g = target, e = target - v;
+          expected.add({want.loss, 1, g, g * g, e, e * e, want.clipped ? 1.0 : 0.0});
+        }
+        wrong += !same(sums.loss, expected.loss) || sums.tokens != expected.tokens || sums.clipped != expected.clipped;
+        wrong += !same(sums.returns, expected.returns) || !same(sums.squared_returns, expected.squared_returns);
+        wrong += !same(sums.errors, expected.errors) || !same(sums.squared_errors, expected.squared_errors);
+        tokens_clipped += static_cast<int64_t>(sums.clipped);
+      }
+    }
+  }
+  if (wrong != 0) std::printf("%s %s: %lld regression losses are wrong\n", set, dtype, static_cast<long long>(wrong));
+  failures += wrong != 0 || tokens_clipped == 0;
+}
+
 void check_set(const InstructionSet& set) {
+  check_regression_losses(set.name, "float64", set.double_loops);
+  check_regression_losses(set.name, "float32", set.float_loops);
   check_cross_entropies(set.name, "float64", set.double_loops);
   check_cross_entropies(set.name, "float32", set.float_loops);
   check_logits(set.name, "float64", set.float64);

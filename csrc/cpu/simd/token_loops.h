@@ -66,17 +66,15 @@ void finish_returns(
   }
 }
 
-// From what reaches each token from the left: dV = gamma (1 - lam) A and, where asked for, dr = g + gamma lam A.
+// From what reaches each token from the left, 0 where masked: dV = gamma (1 - lam) A and, where asked for, dr = g +
+// gamma lam A.
 template <class acc_t>
 void finish_adjoint(
     const acc_t* before, const acc_t* grads, const uint8_t* mask, Discount<acc_t> discount, int64_t n,
     acc_t* grad_values, acc_t* grad_rewards) {
   const acc_t value = discount.value, carry = discount.carry;  // what has weight 0 is left out: it may be infinite
   for (int64_t t = 0; t < n; ++t) {
-    grad_values[t] = mask[t] != 0 ? before[t] : acc_t(0);
-  }
-  for (int64_t t = 0; t < n; ++t) {
-    grad_values[t] = value == 0 ? acc_t(0) : value * grad_values[t];
+    grad_values[t] = value == 0 ? acc_t(0) : value * before[t];
   }
   if (grad_rewards == nullptr) return;
   for (int64_t t = 0; t < n; ++t) {
@@ -166,7 +164,7 @@ void token_losses_of_edge(
   edge.outputs = outputs.data;
   edge.values = values.data;
   edge.carries = carries.data;
-  edge.rewards = rewards.data;
+  if (block.rewards != nullptr) edge.rewards = rewards.data;
   edge.old_values = old_values.data;
   edge.counts = counts.data;
   if (block.factors != nullptr) edge.factors = factors.data;
