@@ -68,8 +68,8 @@ endfunction()
 
 set(EMULATOR_BUILDS plain thread address)
 set(EMULATOR_FLAGS_plain -O2)
-set(EMULATOR_FLAGS_thread -O1 -g -fsanitize=thread)
-set(EMULATOR_FLAGS_address -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined)
+set(EMULATOR_FLAGS_thread -O1 -g1 -fsanitize=thread)
+set(EMULATOR_FLAGS_address -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined)
 
 # Builds `source` three times, as NAME_plain, NAME_thread and NAME_address.
 function(add_emulator_executables name source)

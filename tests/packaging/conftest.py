@@ -3,7 +3,6 @@
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -27,31 +26,31 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The source distribution of the package, built once."""
     folder = tmp_path_factory.mktemp("sdist")
     build = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
-    subprocess.run([sys.executable, "-c", build], cwd=copy_sources(folder / "sources"), check=True, capture_output=True)
+    sources = copy_sources(folder / "sources")
+    done = subprocess.run([sys.executable, "-c", build], cwd=sources, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
     (sdist,) = folder.glob("*.tar.gz")
     return sdist
 
 
-@dataclass
-class WheelBuild:
-    """A wheel, the environment that built it, and what pip said."""
-
-    wheel: Path
-    environment: Environment
-    output: str
-
-
 @pytest.fixture(scope="session")
-def wheel_build(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> WheelBuild:
-    """The wheel of the source distribution, built once as ``pip install`` does: with build isolation."""
+def wheel_folder(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds the wheel of the source distribution, built once as ``pip install`` builds it: isolated; and the output."""
     folder = tmp_path_factory.mktemp("wheel")
     environment = Environment(folder / "env", hidden=BUILD_TOOLS)
-    output = environment.run("-m", "pip", "wheel", "--no-deps", "--wheel-dir", folder, sdist).stdout
-    (wheel,) = folder.glob("*.whl")
-    return WheelBuild(wheel, environment, output)
+    built = environment.run("-m", "pip", "wheel", "-v", "--no-deps", "--wheel-dir", folder, sdist)
+    (folder / "output.txt").write_text(built.stdout + built.stderr)
+    return folder
 
 
 @pytest.fixture
-def wheel(wheel_build: WheelBuild) -> Path:
+def build_output(wheel_folder: Path) -> str:
+    """What pip said, with -v, while it built the wheel."""
+    return (wheel_folder / "output.txt").read_text()
+
+
+@pytest.fixture
+def wheel(wheel_folder: Path) -> Path:
     """The wheel of the package."""
-    return wheel_build.wheel
+    (wheel,) = wheel_folder.glob("*.whl")
+    return wheel

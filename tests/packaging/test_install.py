@@ -31,13 +31,10 @@ def test_sdist_holds_every_source(sdist):
     assert not missing
 
 
-def test_sdist_builds_by_itself_in_isolation_with_the_installed_torch(wheel_build):
-    # No torch was fetched, neither here nor into the isolated build environment, which alone holds ninja.
-    assert "Downloading torch" not in wheel_build.output
-    assert "Collecting torch" not in wheel_build.output
-    site_packages = wheel_build.environment.site_packages
-    assert (site_packages / "torch").is_symlink()
-    assert not (site_packages / "ninja").exists()
+def test_sdist_builds_by_itself_in_isolation_with_the_installed_torch(build_output):
+    # The isolated build environment was given setuptools, but no torch of its own.
+    assert "Collecting setuptools" in build_output
+    assert "Collecting torch" not in build_output
 
 
 def test_wheel_is_abi3_and_touches_torch_by_its_stable_interface_alone(wheel, environment, tmp_path):
@@ -52,8 +49,10 @@ def test_wheel_is_abi3_and_touches_torch_by_its_stable_interface_alone(wheel, en
     # C++ symbols of torch are mangled with its namespaces; the stable interface is plain C.
     assert not [name for name in symbols if any(space in name for space in ("2at", "3c10", "5torch", "6caffe2"))]
     env = environment(hidden=BUILD_TOOLS)
-    env.pip_install("--no-deps", wheel)
+    output = env.pip_install(wheel).stdout
     env.check_operators()
+    assert "Collecting torch" not in output
+    assert (env.site_packages / "torch").is_symlink()  # the one that was there
 
 
 def test_setup_py_stays_small():
