@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.compiler import is_compiling
 
 from . import reference
@@ -445,7 +446,8 @@ def compute_lambda_value_loss(
         clip_range: c, above 0.
         reduction: ``token_mean``, ``sequence_mean``, ``sum`` or ``none``.
         normalizer: 0-dim, on the device of the values, for the two means; 0 gives a loss of 0.
-        detach_targets: False lets the gradient flow through G too, to any order, by unfused torch operations.
+        detach_targets: False lets the gradient flow through G too, to any order; fused for the first three losses
+            without clipping in eager code, unless a gradient of the gradient is wanted.
         return_statistics: also return the sums from which :func:`explained_variance` is computed.
 
     Returns:
@@ -615,26 +617,89 @@ def _value_loss(
     scan: _Scan, attention_mask: Tensor | None, loss: _Loss, detach_targets: bool, return_statistics: bool
 ) -> Any:
     if detach_targets:
-        result, _scale, statistics = call(
-            _ops.td_lambda_loss.default,
-            scan.values,
-            scan.terminal_rewards.detach(),
-            scan.mask,
-            attention_mask,
-            None if scan.rewards is None else scan.rewards.detach(),
-            loss.old_values,
-            scan.cu_seqlens,
-            scan.gamma,
-            scan.lam,
-            loss.normalizer,
-            loss.kind,
-            loss.delta,
-            loss.clip_range,
-            loss.reduction,
-        )
+        rewards = None if scan.rewards is None else scan.rewards.detach()
+        scan = scan._replace(terminal_rewards=scan.terminal_rewards.detach(), rewards=rewards)
+        result, _scale, statistics = call(_ops.td_lambda_loss.default, *_operands(scan, attention_mask, loss))
         return (result, statistics) if return_statistics else result
 
-    outputs = scan.values.to(torch.float64 if scan.values.dtype == torch.float64 else torch.float32)
+    # A gradient of two parts is rounded to a half type as their sum.
+    scan = scan._replace(values=scan.values.to(torch.float64 if scan.values.dtype == torch.float64 else torch.float32))
+    of_error_alone = loss.old_values is None and not LOSS_KINDS[loss.kind].startswith("bce")
+    if of_error_alone and not (is_compiling() or torch._C._are_functorch_transforms_active()):
+        result, statistics = _LossThroughTargets.apply(*_operands(scan, attention_mask, loss))
+        return (result, statistics) if return_statistics else result
+    return _unfused_value_loss(scan, attention_mask, loss, return_statistics)
+
+
+def _operands(scan: _Scan, attention_mask: Tensor | None, loss: _Loss) -> tuple:
+    """Return the arguments of td_lambda_loss."""
+    return (
+        scan.values,
+        scan.terminal_rewards,
+        scan.mask,
+        attention_mask,
+        scan.rewards,
+        loss.old_values,
+        scan.cu_seqlens,
+        scan.gamma,
+        scan.lam,
+        loss.normalizer,
+        loss.kind,
+        loss.delta,
+        loss.clip_range,
+        loss.reduction,
+    )
+
+
+class _LossThroughTargets(Function):
+    """A loss of V - G alone, whose gradient through G is that through V with the sign changed.
+
+    Takes the arguments of td_lambda_loss and returns the loss and the statistics. Gradients of gradients are those of
+    the same loss in torch's operations.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *operands: Any) -> tuple[Tensor, Tensor]:
+        result, scale, statistics = call(_ops.td_lambda_loss.default, *operands)
+        ctx.save_for_backward(scale, *operands[:10])
+        ctx.options = operands[10:]
+        ctx.mark_non_differentiable(statistics)
+        return result, statistics
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, _grad_statistics: Tensor) -> tuple[Tensor | None, ...]:
+        scale, *tensors = ctx.saved_tensors
+        grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        if torch.is_grad_enabled():
+            wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+            for i in wanted:  # one tensor may be given twice, and gets each use's gradient
+                tensors[i] = tensors[i].view_as(tensors[i])
+            values, terminal_rewards, mask, attention_mask, rewards, _old, cu_seqlens, gamma, lam, normalizer = tensors
+            kind, delta, _clip_range, reduction = ctx.options
+            scan = _Scan(values, terminal_rewards, mask, rewards, cu_seqlens, gamma, lam)
+            loss = _Loss(kind, delta, None, 0.0, reduction, normalizer)
+            result = _unfused_value_loss(scan, attention_mask, loss, return_statistics=False)
+            found = torch.autograd.grad(result, [tensors[i] for i in wanted], grad_loss, create_graph=True)
+            for i, grad in zip(wanted, found, strict=True):
+                grads[i] = grad
+            return tuple(grads)
+
+        _values, terminal_rewards, mask, _attention_mask, rewards, _old, cu_seqlens, gamma, lam, _normalizer = tensors
+        through_values = call(_ops.td_lambda_loss_backward.default, grad_loss, scale, *tensors[:-1], *ctx.options)
+        with_rewards = ctx.needs_input_grad[4]
+        through_targets, grad_terminal, grad_rewards = call(
+            _ops.td_lambda_backward.default, through_values, mask, cu_seqlens, gamma, lam, with_rewards
+        )
+        grads[0] = through_values.sub_(through_targets)
+        grads[1] = grad_terminal.neg_().to(terminal_rewards.dtype)
+        if with_rewards:
+            grads[4] = grad_rewards.neg_().to(rewards.dtype)
+        return tuple(grads)
+
+
+def _unfused_value_loss(scan: _Scan, attention_mask: Tensor | None, loss: _Loss, return_statistics: bool) -> Any:
+    """The loss in torch's operations but for the return: differentiable to any order, through the targets too."""
+    outputs = scan.values
     if scan.mask is not None:  # a NaN at a masked position would survive the derivative of a sigmoid
         outputs = torch.where(scan.mask != 0, outputs, 0.0)
     values = outputs.sigmoid() if LOSS_KINDS[loss.kind] == "bce_with_logits" else outputs

@@ -319,6 +319,46 @@ def test_the_full_gradient_flows_through_the_targets(where, reduction, loss):
     torch.autograd.gradgradcheck(function, x)
 
 
+@pytest.mark.parametrize("loss", CLIPPED)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("where", ["padded", "packed"])
+def test_the_fused_full_gradient_reaches_every_input(where, reduction, loss):
+    """Of values, rewards and terminal rewards, first from the kernels and then, for the second, from torch."""
+    case = padded(B=3, T=5) if where == "padded" else packed((4, 0, 3, 5))
+    normalizer = torch.tensor(7.0) if reduction.endswith("_mean") else None
+
+    def function(values, terminal_rewards, rewards):
+        arguments = case._replace(values=values, terminal_rewards=terminal_rewards)
+        options = {"loss": loss, "reduction": reduction, "delta": 0.4, "normalizer": normalizer}
+        return ours(arguments, values, **options, rewards=rewards, detach_targets=False)
+
+    inputs = leaf(case.values), leaf(case.terminal_rewards), leaf(case.rewards.double())
+    torch.autograd.gradcheck(function, inputs)
+    torch.autograd.gradgradcheck(function, inputs)
+    x = inputs[0]
+    torch.autograd.gradcheck(lambda x: function(x, inputs[1].detach(), x), x)  # one tensor in two places
+    torch.autograd.gradgradcheck(lambda x: function(x, inputs[1].detach(), x), x)
+    for i in range(3):  # each without the others
+        alone = [x if i == j else x.detach() for j, x in enumerate(inputs)]
+        together = torch.autograd.grad(function(*inputs).sum(), inputs)[i]
+        assert torch.equal(torch.autograd.grad(function(*alone).sum(), inputs[i])[0], together)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("loss", CLIPPED)
+def test_the_fused_full_gradient_is_that_of_torch_operations(loss, dtype):
+    """Those are taken where the gradient is to have one."""
+    case = padded(dtype=dtype)
+    x = leaf(case.values)
+    result, statistics = ours(case, x, loss=loss, detach_targets=False, return_statistics=True)
+    assert not statistics.requires_grad
+    fused = torch.autograd.grad(result, x, retain_graph=True)[0]
+    composed = torch.autograd.grad(result, x, create_graph=True)[0]
+    assert composed.requires_grad
+    assert not fused.requires_grad
+    torch.testing.assert_close(fused, composed.detach())
+
+
 @pytest.mark.parametrize("clip_range", [0.3, 10.0])
 @pytest.mark.parametrize("loss", CLIPPED)
 def test_the_statistics_do_not_depend_on_the_gradient_through_the_targets(loss, clip_range):
