@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import VOCABULARY, save_backbone, steps_of
+from critic_testing import VOCABULARY, save_backbone, steps_of
 from transformers import AutoModelForTokenClassification
 
 from lambda_return_ext.critic import checkpoint, metrics, trainer

@@ -15,7 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from conftest import disk_that_fills
+from critic_testing import disk_that_fills
 
 from lambda_return_ext.critic import codeio
 from lambda_return_ext.critic.codeio.build import Options, Outcome, build_pairs, make_pairs, write_jsonl

@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from conftest import make_records
+from critic_testing import make_records
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

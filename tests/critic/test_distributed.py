@@ -13,7 +13,7 @@ import pytest
 import rank_testing
 import torch
 import yaml
-from conftest import (
+from critic_testing import (
     assert_alike,
     make_records,
     records_of,

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import make_records
+from critic_testing import make_records
 
 from lambda_return_ext.critic import model as model_module
 from lambda_return_ext.critic.config import DataConfig, HeadConfig

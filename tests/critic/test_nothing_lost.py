@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import content, disk_that_fills, records_of, save_backbone, steps_of, without_timing
+from critic_testing import content, disk_that_fills, records_of, save_backbone, steps_of, without_timing
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lambda_return_ext.critic import checkpoint, metrics, trainer

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import VOCABULARY, content, make_records, save_backbone, steps_of, without_timing
+from critic_testing import VOCABULARY, content, make_records, save_backbone, steps_of, without_timing
 from test_backbones import make_backbone
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel

@@ -5,7 +5,7 @@ import json
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import make_records
+from critic_testing import make_records
 from safetensors.torch import save_file
 
 from lambda_return_ext import compute_lambda_return

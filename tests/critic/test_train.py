@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 import torch
 import yaml
-from conftest import assert_alike, content, make_records, records_of, steps_of, without_timing
+from critic_testing import assert_alike, content, make_records, records_of, steps_of, without_timing
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lambda_return_ext.critic import checkpoint, trainer

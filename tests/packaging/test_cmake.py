@@ -79,7 +79,7 @@ def test_ctest(build, tmp_path):
     if "CXX compiler identification is GNU" in build.configured and nvcc_finds_its_headers(tmp_path):
         expected += [f"cuda_kernels_{flags}" for flags in ("plain", "thread", "address")] + ["planted_bugs"]
     report = run("ctest", "--test-dir", build.folder, "--parallel", "2", cwd=build.sources)
-    assert "100% tests passed, 0 tests failed" in report
+    assert "100% tests passed" in report
     passed = re.findall(r"Test +#\d+: (\S+) \.+ +Passed", report)
     assert set(expected) <= set(passed), report
 
