@@ -105,18 +105,17 @@ def check_cu_seqlens(cu_seqlens: Tensor, values: Tensor) -> int:
     if cu_seqlens.device != values.device:
         raise ValueError(f"cu_seqlens must be on the device of the values, {values.device}, got {cu_seqlens.device}")
     if _can_look_at(cu_seqlens):
+        first, last = cu_seqlens[0].item(), cu_seqlens[-1].item()
+        if first != 0:
+            raise ValueError(f"cu_seqlens must begin with 0, got {first}")
         steps = cu_seqlens.diff()
-        if cu_seqlens[0] != 0:
-            raise ValueError(f"cu_seqlens must begin with 0, got {cu_seqlens[0].item()}")
-        if (steps < 0).any():
+        if steps.numel() and steps.min().item() < 0:
             b = int((steps < 0).nonzero()[0])
             raise ValueError(
                 f"cu_seqlens must not fall, got {cu_seqlens[b].item()} and then {cu_seqlens[b + 1].item()}"
             )
-        if cu_seqlens[-1] != values.shape[0]:
-            raise ValueError(
-                f"cu_seqlens must end with the number of values, {values.shape[0]}, got {cu_seqlens[-1].item()}"
-            )
+        if last != values.shape[0]:
+            raise ValueError(f"cu_seqlens must end with the number of values, {values.shape[0]}, got {last}")
     return cu_seqlens.shape[0] - 1
 
 
@@ -137,8 +136,9 @@ def check_discount(name: str, x: float | Tensor, values: Tensor, rows: int) -> T
     if x.requires_grad:
         raise ValueError(f"{name} must not require a gradient: returns are not differentiable in it; detach it")
     if _can_look_at(x):
-        outside = ~((x >= 0) & (x <= 1))
-        if outside.any():
+        least, most = (end.item() for end in x.aminmax()) if x.numel() else (0, 1)
+        if not (least >= 0 and most <= 1):  # NaN is both, where there is one
+            outside = ~((x >= 0) & (x <= 1))
             raise ValueError(f"{name} must be in [0, 1], got {x[outside].flatten()[0].item()}")
     return x.to(torch.float64)
 

@@ -10,7 +10,9 @@ void write_returns(
   using acc_t = accumulate_t<scalar_t>;
   const auto rows = mutable_token_rows<kernel_t<scalar_t>>(out);
   const auto& loops = token_loops(acc_t());
-  TdLambdaScan<scalar_t>(in, layout, lam).run([&](const Stretch& stretch) {
+  const TdLambdaScan<scalar_t> scan(in, layout, lam);
+  if (!advantages && !in.rewards.defined()) return scan.write_returns(rows);
+  scan.run([&](const Stretch& stretch) {
     auto* row = layout.row_of(rows, stretch.row);
     return [&, row](const auto& block) {
       alignas(64) acc_t results[kBlock];
@@ -66,6 +68,91 @@ Tensor td_lambda_map(
 }
 
 // The adjoint at grad_returns: see kernels/lambda_return.h.
+template <class scalar_t>
+class AdjointScan {
+ public:
+  using acc_t = accumulate_t<scalar_t>;
+  using value_t = kernel_t<scalar_t>;
+
+  AdjointScan(
+      const Layout& layout, const Tensor& grads, const Tensor& mask, const Tensor& gamma, const Tensor& lam,
+      const Tensor& grad_terminal)
+      : layout_(layout),
+        grads_(const_rows<value_t>(grads)),
+        mask_(const_rows_or_null<uint8_t>(mask)),
+        discounts_(DiscountRows::of(gamma, lam)),
+        terminal_(static_cast<acc_t*>(grad_terminal.mutable_data_ptr())) {}
+
+  // dv <- the gradient of the values.
+  void write(const Rows<value_t>& dv) const {
+    const auto& own = kernels<scalar_t>();
+    const auto constants = [&](int64_t row) { return own.constants(discounts_.at<acc_t>(row)); };
+    run([&](const Stretch& s) { return own.adjoint_map(constants(s.row), grads(s), mask(s), s.length); },
+        [&](const Stretch& s, acc_t carry) {
+          return own.lambda_return_backward(
+              constants(s.row), grads(s), mask(s), s.length, carry, layout_.row_of(dv, s.row) + s.begin);
+        });
+  }
+
+  // And dr <- that of the rewards: block by block, through buffers.
+  void write(const Rows<value_t>& dv, const Rows<acc_t>& dr) const {
+    const auto& own = kernels<scalar_t>();
+    const auto& accumulated = kernels<acc_t>();
+    run(
+        [&](const Stretch& s) {
+          return for_blocks(s, [&](int64_t, int64_t length, auto* x, auto* block_mask, const auto& constants) {
+            return accumulated.adjoint_map(constants, x, block_mask, length);
+          });
+        },
+        [&](const Stretch& s, acc_t carry) {
+          value_t* row_dv = layout_.row_of(dv, s.row) + s.begin;
+          acc_t* row_dr = layout_.row_of(dr, s.row) + s.begin;
+          return for_blocks(s, [&](int64_t begin, int64_t length, auto* x, auto* block_mask, const auto& constants) {
+            alignas(64) acc_t before[kBlock], results[kBlock];
+            const auto map = accumulated.lambda_return_backward(constants, x, block_mask, length, carry, before);
+            token_loops(acc_t()).finish_adjoint(
+                before, x, block_mask, discounts_.at<acc_t>(s.row), length, results, row_dr + begin);
+            own.narrow(results, length, row_dv + begin);
+            carry = rule(s.row).apply(map, carry);
+            return map;
+          });
+        });
+  }
+
+ private:
+  AffineRule<acc_t> rule(int64_t row) const { return AffineRule<acc_t>(discounts_.at<acc_t>(row)); }
+  const value_t* grads(const Stretch& s) const { return layout_.row_of(grads_, s.row) + s.begin; }
+  const uint8_t* mask(const Stretch& s) const { return mask_of(layout_, mask_, s); }
+
+  template <class MapOf, class Run>
+  void run(const MapOf& map_of, const Run& run_stretch) const {
+    scan_rows<acc_t>(
+        layout_.rows(), From::kLeft, [this](int64_t row) { return rule(row); }, [](int64_t) { return acc_t(0); },
+        map_of, run_stretch, [this](int64_t row, acc_t carry) { terminal_[row] = carry; });
+  }
+
+  // Block by block from left to right: body(begin, length, gradients, mask, constants) -> map of the block.
+  template <class Body>
+  AffineMap<acc_t> for_blocks(const Stretch& s, const Body& body) const {
+    alignas(64) acc_t widened[kBlock];
+    // A itself reaches the tokens; their weights come after.
+    const auto constants = kernels<acc_t>().constants({acc_t(1), discounts_.at<acc_t>(s.row).carry});
+    auto map = AffineMap<acc_t>::identity();
+    for (int64_t begin = 0; begin < s.length; begin += kBlock) {
+      const int64_t length = std::min(kBlock, s.length - begin);
+      kernels<scalar_t>().widen(grads(s) + begin, length, widened);
+      map = rule(s.row).compose(body(begin, length, widened, mask(s) + begin, constants), map);
+    }
+    return map;
+  }
+
+  const Layout& layout_;
+  Rows<const value_t> grads_;
+  Rows<const uint8_t> mask_;
+  DiscountRows discounts_;
+  acc_t* terminal_;
+};
+
 std::tuple<Tensor, Tensor, Tensor> td_lambda_backward(
     const Tensor& grad_returns, const OptionalTensor& mask, const OptionalTensor& cu_seqlens, const Tensor& gamma,
     const Tensor& lam, bool with_rewards) {
@@ -80,59 +167,13 @@ std::tuple<Tensor, Tensor, Tensor> td_lambda_backward(
       with_rewards ? shape.new_tokens(acc_dtype) : torch::stable::new_empty(grad_returns, {0}, acc_dtype);
 
   THO_DISPATCH_V2(grad_returns.scalar_type(), "td_lambda_backward", AT_WRAP([&] {
-    using acc_t = accumulate_t<scalar_t>;
-    using value_t = kernel_t<scalar_t>;
-    const auto g = const_rows<value_t>(grads);
-    const auto m = const_rows_or_null<uint8_t>(bytes);
-    const auto dv = mutable_token_rows<value_t>(grad_values);
-    const auto dr = mutable_token_rows<acc_t>(grad_rewards, with_rewards);
-    auto* terminal = static_cast<acc_t*>(grad_terminal.mutable_data_ptr());
-    const auto discounts = DiscountRows::of(gammas, lams);
-    const auto rule = [&](int64_t row) { return AffineRule<acc_t>(discounts.at<acc_t>(row)); };
-    const auto& own = kernels<scalar_t>();
-    const auto& accumulated = kernels<acc_t>();
-    const auto& loops = token_loops(acc_t());
-
-    // Block by block from left to right: body(begin, length, gradients, mask, constants) -> map of the block.
-    const auto for_blocks = [&](const Stretch& stretch, const auto& body) {
-      alignas(64) acc_t widened[kBlock];
-      const auto* row_g = layout.row_of(g, stretch.row) + stretch.begin;
-      const auto* row_m = layout.row_of(m, stretch.row);
-      // A itself reaches the tokens; their weights come after.
-      const auto constants = accumulated.constants({acc_t(1), discounts.at<acc_t>(stretch.row).carry});
-      auto map = AffineMap<acc_t>::identity();
-      for (int64_t begin = 0; begin < stretch.length; begin += kBlock) {
-        const int64_t length = std::min(kBlock, stretch.length - begin);
-        own.widen(row_g + begin, length, widened);
-        const uint8_t* block_mask = row_m ? row_m + stretch.begin + begin : all_valid();
-        map = rule(stretch.row).compose(body(stretch.begin + begin, length, widened, block_mask, constants), map);
-      }
-      return map;
-    };
-    scan_rows<acc_t>(
-        layout.rows(), From::kLeft, rule, [](int64_t) { return acc_t(0); },
-        [&](const Stretch& stretch) {
-          return for_blocks(stretch, [&](int64_t, int64_t length, auto* x, auto* block_mask, const auto& constants) {
-            return accumulated.adjoint_map(constants, x, block_mask, length);
-          });
-        },
-        [&](const Stretch& stretch, acc_t carry) {
-          auto* row_dv = layout.row_of(dv, stretch.row);
-          auto* row_dr = layout.row_of(dr, stretch.row);
-          return for_blocks(
-              stretch, [&](int64_t begin, int64_t length, auto* x, auto* block_mask, const auto& constants) {
-                alignas(64) acc_t before[kBlock], results[kBlock];
-                const auto map =
-                    accumulated.lambda_return_backward(constants, x, block_mask, length, carry, before);
-                loops.finish_adjoint(
-                    before, x, block_mask, discounts.at<acc_t>(stretch.row), length, results,
-                    row_dr ? row_dr + begin : nullptr);
-                own.narrow(results, length, row_dv + begin);
-                carry = rule(stretch.row).apply(map, carry);
-                return map;
-              });
-        },
-        [&](int64_t row, acc_t carry) { terminal[row] = carry; });
+    const AdjointScan<scalar_t> scan(layout, grads, bytes, gammas, lams, grad_terminal);
+    const auto dv = mutable_token_rows<kernel_t<scalar_t>>(grad_values);
+    if (with_rewards) {
+      scan.write(dv, mutable_token_rows<accumulate_t<scalar_t>>(grad_rewards));
+    } else {
+      scan.write(dv);
+    }
   }), LAMBDA_RETURN_VALUE_TYPES);
   return {grad_values, grad_terminal, grad_rewards};
 }

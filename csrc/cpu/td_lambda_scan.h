@@ -1,7 +1,8 @@
 // The general scan on the CPU, for td_lambda and its loss: rows of one length or of many, a discount for each row,
 // rewards at every step.
 //
-// A block of kBlock tokens at a time is brought into the accumulation type, turned into the terms of the recurrence,
+// Where there is nothing but that to a return, the kernels of csrc/cpu/simd take rows as they lie in memory. Else a
+// block of kBlock tokens at a time is brought into the accumulation type, turned into the terms of the recurrence,
 // scanned by the kernels of csrc/cpu/simd, and consumed, all in buffers that stay in the first-level cache: memory
 // moves as it would in one loop.
 #pragma once
@@ -56,10 +57,15 @@ Rows<T> mutable_token_rows(const Tensor& x, bool wanted = true) {
   return wanted ? Rows<T>{static_cast<T*>(x.mutable_data_ptr()), x.dim() == 2 ? x.stride(0) : 0} : Rows<T>{nullptr, 0};
 }
 
-// The mask of a block where there is none.
+// The mask of a block or a stretch where there is none.
 inline const uint8_t* all_valid() {
-  static const std::vector<uint8_t> ones(kBlock, 1);
+  static const std::vector<uint8_t> ones(kStretch, 1);
   return ones.data();
+}
+
+inline const uint8_t* mask_of(const Layout& layout, const Rows<const uint8_t>& mask, const Stretch& stretch) {
+  const uint8_t* row = layout.row_of(mask, stretch.row);
+  return row == nullptr ? all_valid() : row + stretch.begin;
 }
 
 template <class scalar_t>
@@ -92,10 +98,27 @@ class TdLambdaScan {
   template <class ConsumerOf>
   void run(const ConsumerOf& consumer_of) const {
     scan_rows<acc_t>(
-        layout_.rows(), From::kRight, rule(),
-        [&](int64_t row) { return terminal_rewards_ ? terminal_rewards_[row] : 0; },
-        [&](const Stretch& stretch) { return map_of(stretch); },
+        layout_.rows(), From::kRight, rule(), first(), [&](const Stretch& stretch) { return map_of(stretch); },
         [&](const Stretch& stretch, acc_t carry) { return scan(stretch, carry, consumer_of(stretch)); },
+        [](int64_t, acc_t) {});
+  }
+
+  // rows <- G, where there are neither rewards nor logits.
+  void write_returns(const Rows<value_t>& rows) const {
+    const auto& own = kernels<scalar_t>();
+    const auto constants = [&](int64_t row) { return own.constants(discounts_.at<acc_t>(row)); };
+    const auto values = [&](const Stretch& stretch) { return layout_.row_of(values_, stretch.row) + stretch.begin; };
+    scan_rows<acc_t>(
+        layout_.rows(), From::kRight, rule(), first(),
+        [&](const Stretch& stretch) {
+          return own.returns_map(
+              constants(stretch.row), values(stretch), mask_of(layout_, mask_, stretch), stretch.length);
+        },
+        [&](const Stretch& stretch, acc_t carry) {
+          return own.lambda_return(
+              constants(stretch.row), values(stretch), mask_of(layout_, mask_, stretch), stretch.length, carry,
+              layout_.row_of(rows, stretch.row) + stretch.begin);
+        },
         [](int64_t, acc_t) {});
   }
 
@@ -115,6 +138,10 @@ class TdLambdaScan {
  private:
   auto rule() const {
     return [this](int64_t row) { return AffineRule<acc_t>(discounts_.at<acc_t>(row)); };
+  }
+
+  auto first() const {
+    return [this](int64_t row) { return terminal_rewards_ ? terminal_rewards_[row] : acc_t(0); };
   }
 
   // Calls body(block, constants, terms, kernels) block by block.

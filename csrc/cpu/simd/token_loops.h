@@ -66,8 +66,7 @@ void finish_returns(
   }
 }
 
-// From what reaches each token from the left, 0 where masked: dV = gamma (1 - lam) A and, where asked for, dr = g +
-// gamma lam A.
+// From what reaches each token from the left, 0 where masked: dV = gamma (1 - lam) A and dr = g + gamma lam A.
 template <class acc_t>
 void finish_adjoint(
     const acc_t* before, const acc_t* grads, const uint8_t* mask, Discount<acc_t> discount, int64_t n,
@@ -76,7 +75,6 @@ void finish_adjoint(
   for (int64_t t = 0; t < n; ++t) {
     grad_values[t] = value == 0 ? acc_t(0) : value * before[t];
   }
-  if (grad_rewards == nullptr) return;
   for (int64_t t = 0; t < n; ++t) {
     const acc_t x = carry == 0 ? grads[t] : carry * before[t] + grads[t];
     grad_rewards[t] = mask[t] != 0 ? x : acc_t(0);
