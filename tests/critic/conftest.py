@@ -1,12 +1,16 @@
 """A tiny backbone and made-up pairs, so that the whole trainer runs in seconds."""
 
 import json
+import signal
 
 import pytest
 import yaml
 from critic_testing import make_records, save_backbone, tiny_config
 
 from lambda_return_ext.critic.cli import main
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell has it for what it starts in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
