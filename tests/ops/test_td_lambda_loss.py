@@ -359,6 +359,26 @@ def test_the_fused_full_gradient_is_that_of_torch_operations(loss, dtype):
     torch.testing.assert_close(fused, composed.detach())
 
 
+@pytest.mark.parametrize("loss", ["huber", "bce_with_logits"])
+def test_the_full_gradient_is_the_same_under_transforms(loss):
+    case = padded()
+    outputs = outputs_for(loss, case)[0]
+    arguments = case.terminal_rewards, attention(case), case.loss_mask, case.gamma, case.lam
+
+    def function(x):
+        return lr.compute_lambda_value_loss(x, *arguments, loss=loss, detach_targets=False)
+
+    def gradient(f):
+        x = leaf(outputs)
+        return torch.autograd.grad(f(x), x)[0]
+
+    expected = gradient(function)
+    torch.testing.assert_close(gradient(torch.compile(function, fullgraph=True, backend="aot_eager")), expected)
+    torch.testing.assert_close(torch.func.grad(function)(outputs), expected)
+    batched = torch.vmap(torch.func.grad(function))(torch.stack([outputs, outputs]))
+    torch.testing.assert_close(batched, torch.stack([expected, expected]))
+
+
 @pytest.mark.parametrize("clip_range", [0.3, 10.0])
 @pytest.mark.parametrize("loss", CLIPPED)
 def test_the_statistics_do_not_depend_on_the_gradient_through_the_targets(loss, clip_range):
