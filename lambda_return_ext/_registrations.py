@@ -23,11 +23,11 @@ REDUCTIONS = ("token_mean", "sequence_mean", "sum", "none")
 # ---- calls -------------------------------------------------------------------------------------------------------
 
 # The same formulas as plain autograd functions, by operator: for eager code, and for the transforms of torch.func,
-# whose way of setting up the context costs an eager call half as much again.
-_functions: dict[Any, type[Function]] = {}
+# whose way of setting up the context costs an eager call half as much again. Of the former only apply() is kept.
+_functions: dict[Any, Callable[..., Any]] = {}
 _transformable: dict[Any, type[Function]] = {}
 # And of the losses with nothing but the loss for an output.
-_losses: dict[Any, type[Function]] = {}
+_losses: dict[Any, Callable[..., Any]] = {}
 
 
 class _Kernels(Library):
@@ -55,10 +55,19 @@ class _Kernels(Library):
 _kernels = _Kernels("lambda_return", "FRAGMENT")
 
 
+def eager_apply(function: type[Function]) -> Callable[..., Any]:
+    """Return what apply() of a function without setup_context comes to outside of transforms.
+
+    Before that it asks for transforms, of which the caller has made sure that there are none, and for tensors that have
+    outlived one, which the operators take as they are: a sixth of a forward and backward on a few tokens.
+    """
+    return super(Function, function).apply  # type: ignore[misc]
+
+
 def _register_autograd(
     name: str, backward: Callable[..., Any], setup_context: Callable[..., None], constants: int = 0
 ) -> None:
-    """Register the formulas; the last ``constants`` outputs have no gradient."""
+    """Register the formulas; the last ``constants`` outputs have no gradient, and backward does without theirs."""
     register_autograd(f"lambda_return::{name}", backward, setup_context=setup_context, lib=_kernels)
     operator = getattr(_ops, name).default
 
@@ -82,9 +91,6 @@ def _register_autograd(
         setup_context(ctx, inputs, output)
         return output[0]
 
-    def backward_of_loss(ctx: Any, grad_loss: Tensor) -> Any:
-        return backward(ctx, grad_loss, *[None] * constants)
-
     def backward_if_any(ctx: Any, *grads: Any) -> Any:
         """Gradients are not materialised: where only constants are used, there is none."""
         return backward(ctx, *grads) if grads[0] is not None else (None,) * len(ctx.needs_input_grad)
@@ -97,9 +103,9 @@ def _register_autograd(
     def function(**methods: Callable[..., Any]) -> type[Function]:
         return type(name, (Function,), {key: staticmethod(method) for key, method in methods.items()})
 
-    _functions[operator] = function(forward=forward_and_setup, backward=plain_backward)
+    _functions[operator] = eager_apply(function(forward=forward_and_setup, backward=plain_backward))
     if constants:
-        _losses[operator] = function(forward=loss_alone, backward=backward_of_loss)
+        _losses[operator] = eager_apply(function(forward=loss_alone, backward=backward))
     _transformable[operator] = function(forward=forward, setup_context=setup, backward=plain_backward, vmap=vmap)
 
 
@@ -124,7 +130,7 @@ def call(operator: Any, *args: Any) -> Any:
             return operator(*args)
         return _transformable[operator].apply(*args)
     if torch.is_grad_enabled() and _needs_gradient(args):
-        return _functions[operator].apply(*args)
+        return _functions[operator](*args)
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*args)
 
@@ -134,7 +140,7 @@ def call_loss(operator: Any, *args: Any) -> Tensor:
     if is_compiling() or torch._C._are_functorch_transforms_active():
         return call(operator, *args)[0]
     if torch.is_grad_enabled() and _needs_gradient(args):
-        return _losses[operator].apply(*args)
+        return _losses[operator](*args)
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*args)[0]
 
@@ -305,9 +311,7 @@ def _lambda_value_loss_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tens
     ctx.save_for_backward(num_tokens, *tensors)
 
 
-def _lambda_value_loss_backward(
-    ctx: Any, grad_loss: Tensor, _grad_num_tokens: Tensor | None
-) -> tuple[Tensor | None, ...]:
+def _lambda_value_loss_backward(ctx: Any, grad_loss: Tensor, *_grads: Tensor | None) -> tuple[Tensor | None, ...]:
     operator = _ops.lambda_value_loss_backward.default
     grad_values = call(operator, grad_loss, *ctx.saved_tensors, ctx.gamma, ctx.lam)
     return grad_values, None, None, None, None, None
@@ -335,7 +339,7 @@ def _masked_mse_setup(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor
     ctx.save_for_backward(num_tokens, *inputs)
 
 
-def _masked_mse_backward(ctx: Any, grad_loss: Tensor, _grad_num_tokens: Tensor | None) -> tuple[Tensor | None, ...]:
+def _masked_mse_backward(ctx: Any, grad_loss: Tensor, *_grads: Tensor | None) -> tuple[Tensor | None, ...]:
     num_tokens, values, targets, mask = ctx.saved_tensors
     operator = _ops.masked_mse_backward.default
     grad_values = call(operator, grad_loss, num_tokens, values, targets, mask)
@@ -524,9 +528,7 @@ def _td_lambda_loss_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor,
     ctx.save_for_backward(scale, *tensors)
 
 
-def _td_lambda_loss_backward(
-    ctx: Any, grad_loss: Tensor, _grad_scale: Tensor | None, _grad_statistics: Tensor | None
-) -> tuple[Tensor | None, ...]:
+def _td_lambda_loss_backward(ctx: Any, grad_loss: Tensor, *_grads: Tensor | None) -> tuple[Tensor | None, ...]:
     operator = _ops.td_lambda_loss_backward.default
     grad_values = call(operator, grad_loss, *ctx.saved_tensors, *ctx.options)
     return grad_values, *[None] * 13
