@@ -12,14 +12,14 @@ std::tuple<Tensor, Tensor> lambda_value_loss(
   THO_DISPATCH_V2(values.scalar_type(), "lambda_value_loss", AT_WRAP([&] {
     const auto a = const_rows<uint8_t>(in.attention_mask);
     const int64_t per_row = stretches_of(in.T);
-    std::vector<SquaredError> errors(in.B * per_row);
+    const StretchErrors errors(in.B * per_row);
     scan_returns<scalar_t>(
         in.values, in.terminal_rewards, in.loss_mask, gamma, lam,
         [&](const auto& k, const auto& constants, const Stretch& s, auto* v, auto* m, auto carry) {
-          SquaredError* part = &errors[s.row * per_row + s.index];
-          return k.lambda_value_loss(constants, v, a[s.row] + s.begin, m, s.length, carry, part);
+          SquaredErrorLanes* error = errors.of(s.row * per_row + s.index);
+          return k.lambda_value_loss(constants, v, a[s.row] + s.begin, m, s.length, carry, error);
         });
-    error = sum_in_order(errors);
+    error = errors.sum();
   }), LAMBDA_RETURN_VALUE_TYPES);
   return mean_and_count(error, values);
 }

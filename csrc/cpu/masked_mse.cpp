@@ -12,15 +12,15 @@ std::tuple<Tensor, Tensor> masked_mse(const Tensor& values, const Tensor& target
     const auto& k = kernels<scalar_t>();
     const auto v = const_rows<kernel_t<scalar_t>>(in.values);
     const auto m = const_rows<uint8_t>(in.mask);
-    error = sum_over_rows(in.B, in.T, [&](int64_t b) {
-      SquaredError row;
+    const StretchErrors errors(in.B);
+    parallel_rows(in.B, in.T, From::kLeft, [&](int64_t b) {
       if (in.targets_as_values()) {
-        k.masked_mse(v[b], const_rows<kernel_t<scalar_t>>(in.targets)[b], m[b], in.T, &row);
+        k.masked_mse(v[b], const_rows<kernel_t<scalar_t>>(in.targets)[b], m[b], in.T, errors.of(b));
       } else {
-        k.masked_mse_of_wide(v[b], const_rows<acc_t>(in.targets)[b], m[b], in.T, &row);
+        k.masked_mse_of_wide(v[b], const_rows<acc_t>(in.targets)[b], m[b], in.T, errors.of(b));
       }
-      return row;
     });
+    error = errors.sum();
   }), LAMBDA_RETURN_VALUE_TYPES);
   return mean_and_count(error, values);
 }

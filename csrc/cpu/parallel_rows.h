@@ -2,11 +2,11 @@
 #pragma once
 
 #include <algorithm>
+#include <memory>
 #include <tuple>
-#include <vector>
 
 #include "../arguments.h"
-#include "../kernels/squared_error.h"
+#include "simd/instruction_set.h"
 
 namespace lambda_return::cpu {
 
@@ -30,22 +30,26 @@ void parallel_rows(int64_t B, int64_t T, From from, const Body& body) {
   });
 }
 
-// The sum of errors in their order, whatever the number of threads that made them.
-inline SquaredError sum_in_order(const std::vector<SquaredError>& errors) {
-  SquaredError total;
-  for (const SquaredError& error : errors) {
-    total.add(error);
-  }
-  return total;
-}
+// The squared errors of all stretches of a tensor, each of which a kernel writes.
+class StretchErrors {
+ public:
+  explicit StretchErrors(int64_t stretches) : stretches_(stretches), errors_(new SquaredErrorLanes[stretches]) {}
 
-// The sum over rows of row_error(row), which reads from left to right, added up in row order.
-template <class RowError>
-SquaredError sum_over_rows(int64_t B, int64_t T, const RowError& row_error) {
-  std::vector<SquaredError> errors(B);
-  parallel_rows(B, T, From::kLeft, [&](int64_t row) { errors[row] = row_error(row); });
-  return sum_in_order(errors);
-}
+  SquaredErrorLanes* of(int64_t stretch) const { return &errors_[stretch]; }
+
+  // Added up in the order of the stretches, whatever the number of threads that made them.
+  SquaredError sum() const {
+    SquaredErrorLanes sum{};
+    for (int64_t i = 0; i < stretches_; ++i) {
+      sum.add(errors_[i]);
+    }
+    return sum.total();
+  }
+
+ private:
+  int64_t stretches_;
+  std::unique_ptr<SquaredErrorLanes[]> errors_;
+};
 
 // (loss, num_tokens): the mean in the accumulation dtype of values and the count in int64, both 0-dim.
 inline std::tuple<Tensor, Tensor> mean_and_count(const SquaredError& error, const Tensor& values) {

@@ -5,6 +5,7 @@
 #include <memory>
 #include <numeric>
 #include <thread>
+#include <vector>
 
 #include "parallel_rows.h"
 #include "simd/instruction_set.h"

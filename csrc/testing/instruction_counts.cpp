@@ -60,7 +60,7 @@ void count_rows(const Cases& count, const RowKernels<scalar_t>& kernels) {
   const auto constants = kernels.constants(Discount<acc_t>::from(1.0, 0.95));
   const scalar_t* v = values.data();
   scalar_t* o = out.data();
-  SquaredError error;
+  SquaredErrorLanes error;
   const auto count_scans = [&](const char* form, const uint8_t* m) {
     count("returns_map", form, T, [&] { kernels.returns_map(constants, v, m, T); });
     count("adjoint_map", form, T, [&] { kernels.adjoint_map(constants, v, m, T); });

@@ -127,9 +127,11 @@ void check_kernels(const char* set, const char* dtype, const RowKernels<scalar_t
               grad_reward / std::fmax(1, std::abs(grad_reward)), 0);
 
           for (const uint8_t* counted : {attention.data(), mask.data()}) {
-            SquaredError error;
+            SquaredErrorLanes lanes;
+            std::memset(static_cast<void*>(&lanes), 0xff, sizeof lanes);
             const auto loss_map =
-                kernels.lambda_value_loss(constants, values.data(), counted, mask.data(), T, reward, &error);
+                kernels.lambda_value_loss(constants, values.data(), counted, mask.data(), T, reward, &lanes);
+            const SquaredError error = lanes.total();
             const SquaredError want =
                 lambda_value_loss_row<double, double>(v.data(), counted, mask.data(), T, reward, wide);
             compare(error.sum / std::fmax(1, want.sum), want.sum / std::fmax(1, want.sum), 0);
@@ -143,8 +145,10 @@ void check_kernels(const char* set, const char* dtype, const RowKernels<scalar_t
             for (int64_t t = 0; t < T; ++t) compare(to_double(gradient[t]), expected_gradient[t], kRounding<scalar_t>);
           }
           const auto check_mse = [&](const auto& targets, auto forward, auto backward) {
-            SquaredError error;
-            forward(values.data(), targets.data(), mask.data(), T, &error);
+            SquaredErrorLanes lanes;
+            std::memset(static_cast<void*>(&lanes), 0xff, sizeof lanes);
+            forward(values.data(), targets.data(), mask.data(), T, &lanes);
+            const SquaredError error = lanes.total();
             std::vector<double> to(T);
             for (int64_t t = 0; t < T; ++t) to[t] = to_double(targets[t]);
             const SquaredError want = masked_mse_row<double, double>(v.data(), to.data(), mask.data(), T);

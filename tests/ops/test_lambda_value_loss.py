@@ -135,8 +135,8 @@ def test_instruction_mask():
     closed = Batch(values[:, turns], rewards, torch.ones(4, 5), torch.ones(4, 5))
     loss, grad = loss_and_gradient(compute_lambda_value_loss, Batch(values, rewards, torch.ones(4, 13), mask), 0.9)
     closed_loss, closed_grad = loss_and_gradient(compute_lambda_value_loss, closed, 0.9)
-    assert torch.equal(loss, closed_loss)
-    assert torch.equal(grad[:, turns], closed_grad)
+    torch.testing.assert_close(loss, closed_loss, rtol=1e-14, atol=0)
+    torch.testing.assert_close(grad[:, turns], closed_grad, rtol=1e-14, atol=1e-15)
 
 
 @pytest.mark.parametrize("empty", ["attention_mask", "loss_mask", "their overlap"])

@@ -44,6 +44,27 @@ struct LogitBlock {
   int64_t stride, K, length;
 };
 
+// A SquaredError whose lanes are not added up yet: at the end of every row that would hold up the next.
+struct SquaredErrorLanes {
+  static constexpr int kLanes = 8;
+  double sums[kLanes];  // where vectors are shorter, the last ones are 0
+  int64_t num_tokens;
+
+  void add(const SquaredErrorLanes& other) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      sums[lane] += other.sums[lane];
+    }
+    num_tokens += other.num_tokens;
+  }
+  SquaredError total() const {
+    double sum = 0;
+    for (const double lane : sums) {
+      sum += lane;
+    }
+    return {sum, num_tokens};
+  }
+};
+
 // The kernels of one dtype on one stretch of a row, [T] all. They return the stretch's map from the carry that enters
 // it to the carry that leaves it; with that map, and not with a carry of their own, stretches are chained, so that the
 // bits of a row do not depend on who computes its stretches in which order.
@@ -63,19 +84,18 @@ struct RowKernels {
   Map (*lambda_return_backward)(
       const Constants&, const scalar_t* grad_returns, const uint8_t* mask, int64_t T, acc_t carry,
       scalar_t* grad_values);
-  // Adds to error.
   Map (*lambda_value_loss)(
       const Constants&, const scalar_t* values, const uint8_t* attention_mask, const uint8_t* loss_mask, int64_t T,
-      acc_t carry, SquaredError* error);
+      acc_t carry, SquaredErrorLanes* error);
   Map (*lambda_value_loss_backward)(
       const Constants&, const scalar_t* values, const uint8_t* attention_mask, const uint8_t* loss_mask, int64_t T,
       acc_t carry, acc_t scale, scalar_t* grad_values);
 
   // The squared error against targets of the same dtype or of the accumulation dtype, and its gradient.
   void (*masked_mse)(
-      const scalar_t* values, const scalar_t* targets, const uint8_t* mask, int64_t T, SquaredError* error);
+      const scalar_t* values, const scalar_t* targets, const uint8_t* mask, int64_t T, SquaredErrorLanes* error);
   void (*masked_mse_of_wide)(
-      const scalar_t* values, const acc_t* targets, const uint8_t* mask, int64_t T, SquaredError* error);
+      const scalar_t* values, const acc_t* targets, const uint8_t* mask, int64_t T, SquaredErrorLanes* error);
   void (*masked_mse_backward)(
       const scalar_t* values, const scalar_t* targets, const uint8_t* mask, int64_t T, acc_t scale,
       scalar_t* grad_values);

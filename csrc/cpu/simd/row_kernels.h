@@ -41,11 +41,25 @@ ScanConstants<accumulate_of<scalar_t>> scan_constants(Discount<accumulate_of<sca
   return constants;
 }
 
-// ---- sinks: what becomes of a tile's tokens, their values and the carries that reach them ---------------------------
+// ---- sinks: what becomes of a tile's tokens ------------------------------------------------------------------------
 //
 // at(t) is the sink of the tile that starts at token t. edge(t, count, run) calls run(sink) with the sink of a tile of
-// which only the first count tokens exist. tile<kAll>(values, valid, before) takes a tile in chunk order, skip() one
-// without a valid token.
+// which only the first count tokens exist. tile<kAll>(mask, valid, x) takes a tile in chunk order, where x are the
+// carries that reach its tokens or, with kErrors, what their values differ from those by. skip() takes a tile without a
+// valid token. prefetch(t) asks for what the tile that starts at token t will need.
+
+// How far ahead of the scan memory is asked for. The operations of a tile depend on one another for so long that a
+// processor does not get far enough ahead by itself to hide the way from memory.
+constexpr int64_t kTilesAhead = 48;
+
+// Of from + t, which may lie outside of the array: a prefetch of what does not exist does nothing.
+template <int kTile, class T>
+LAMBDA_RETURN_INLINE void prefetch_tile(const T* from, int64_t t) {
+  const uintptr_t address = reinterpret_cast<uintptr_t>(from) + t * sizeof(T);
+  for (uintptr_t byte = 0; byte < kTile * sizeof(T); byte += 64) {
+    __builtin_prefetch(reinterpret_cast<const void*>(address + byte));
+  }
+}
 
 template <int kTile, class T>
 struct EdgeBuffer {
@@ -72,19 +86,23 @@ struct Output {
 };
 
 struct NoSink {
+  static constexpr bool kErrors = false;
+
   LAMBDA_RETURN_INLINE NoSink at(int64_t) const { return {}; }
   template <class Run>
   LAMBDA_RETURN_INLINE void edge(int64_t, int64_t, const Run& run) const {
     run(*this);
   }
   template <bool kAll, class V, class Mask>
-  LAMBDA_RETURN_INLINE void tile(const uint8_t*, const V (&)[4], const Mask (&)[4], const V (&)[4]) const {}
+  LAMBDA_RETURN_INLINE void tile(const uint8_t*, const Mask (&)[4], const V (&)[4]) const {}
   LAMBDA_RETURN_INLINE void skip() const {}
+  LAMBDA_RETURN_INLINE void prefetch(int64_t) const {}
 };
 
 // G, or with weight the adjoint's dV = gamma (1 - lam) A.
 template <class Scan, class scalar_t, bool kWeighted>
 struct CarrySink {
+  static constexpr bool kErrors = false;
   using V = typename Scan::V;
   using M = typename Scan::M;
   using Mask = typename Scan::Mask;
@@ -97,7 +115,7 @@ struct CarrySink {
     out.edge(t, count, [&](const auto& edge_out) LAMBDA_RETURN_INLINE_LAMBDA { run(CarrySink{edge_out, weight}); });
   }
   template <bool kAll>
-  LAMBDA_RETURN_INLINE void tile(const uint8_t*, const V (&)[4], const Mask (&valid)[4], const V (&before)[4]) const {
+  LAMBDA_RETURN_INLINE void tile(const uint8_t*, const Mask (&valid)[4], const V (&before)[4]) const {
     V x[4];
     for (int i = 0; i < 4; ++i) {
       x[i] = before[i];
@@ -107,6 +125,7 @@ struct CarrySink {
     out.store_tile(x);
   }
   LAMBDA_RETURN_INLINE void skip() const { out.skip(); }
+  LAMBDA_RETURN_INLINE void prefetch(int64_t) const {}
 };
 
 // What the two directions of the loss share: the second mask. kShared: it is the mask of the scan.
@@ -124,6 +143,10 @@ struct Attention {
       const EdgeBuffer<Scan::kTile, uint8_t> buffer(bytes + t, count);
       run(Attention{buffer.data});
     }
+  }
+
+  LAMBDA_RETURN_INLINE void prefetch(int64_t t) const {
+    if constexpr (!kShared) prefetch_tile<Scan::kTile>(bytes, t);
   }
 
   // Calls body(all, num_tokens, counts): whether all tokens are valid in both masks, how many are, and which.
@@ -184,37 +207,54 @@ LAMBDA_RETURN_INLINE double sum_of_lanes(V x) {
   }
 }
 
+template <class V>
+LAMBDA_RETURN_INLINE void write_lanes(V squares, int64_t num_tokens, SquaredErrorLanes* error) {
+  store_vector(error->sums, squares);
+  for (int lane = sizeof(V) / sizeof(double); lane < SquaredErrorLanes::kLanes; ++lane) {
+    error->sums[lane] = 0;
+  }
+  error->num_tokens = num_tokens;
+}
+
 // Squared errors, in the accumulation type over so few tiles that it loses next to nothing, and from there in float64.
+// A tile's errors are squared when those of the next come: until then they would only wait, see RowScan::tile. (No
+// loops: GCC would keep the arrays that they run over in memory.)
 template <class Scan>
 struct LossSums {
   using V = typename Scan::V;
   static constexpr int kTiles = 8;
 
   decltype(in_float64(V())) squares{};
-  V recent[2] = {};
+  V recent[2] = {}, latest[4] = {};
   int recent_tiles = 0;
   int64_t num_tokens = 0;
 
   LAMBDA_RETURN_INLINE void add(const V (&errors)[4]) {
-    for (int i = 0; i < 4; ++i) {
-      recent[i % 2] = multiply_add(errors[i], errors[i], recent[i % 2]);
-    }
+    square_latest();
+    latest[0] = errors[0], latest[1] = errors[1], latest[2] = errors[2], latest[3] = errors[3];
     if (++recent_tiles == kTiles) flush();
+  }
+  LAMBDA_RETURN_INLINE void square_latest() {
+    recent[0] = multiply_add(latest[0], latest[0], recent[0]);
+    recent[1] = multiply_add(latest[1], latest[1], recent[1]);
+    recent[0] = multiply_add(latest[2], latest[2], recent[0]);
+    recent[1] = multiply_add(latest[3], latest[3], recent[1]);
   }
   LAMBDA_RETURN_INLINE void flush() {
     squares += in_float64(recent[0] + recent[1]);
     recent[0] = recent[1] = V{};
     recent_tiles = 0;
   }
-  LAMBDA_RETURN_INLINE void add_to(SquaredError* error) {
+  LAMBDA_RETURN_INLINE void write(SquaredErrorLanes* error) {
+    square_latest();
     flush();
-    error->sum += sum_of_lanes(squares);
-    error->num_tokens += num_tokens;
+    write_lanes(squares, num_tokens, error);
   }
 };
 
 template <class Scan, bool kShared>
 struct LossSink {
+  static constexpr bool kErrors = true;
   using V = typename Scan::V;
   using Mask = typename Scan::Mask;
   Attention<Scan, kShared> attention;
@@ -227,24 +267,25 @@ struct LossSink {
         t, count, [&](const auto& edge_attention) LAMBDA_RETURN_INLINE_LAMBDA { run(LossSink{edge_attention, sums}); });
   }
   template <bool kAll>
-  LAMBDA_RETURN_INLINE void tile(
-      const uint8_t* mask, const V (&values)[4], const Mask (&valid)[4], const V (&before)[4]) const {
+  LAMBDA_RETURN_INLINE void tile(const uint8_t* mask, const Mask (&valid)[4], const V (&errors)[4]) const {
     attention.template with_counts<kAll>(
         mask, valid, [&](auto all, int64_t num_tokens, auto& counts) LAMBDA_RETURN_INLINE_LAMBDA {
-          V errors[4];
+          V x[4];
           for (int i = 0; i < 4; ++i) {
-            errors[i] = values[i] - before[i];
-            if constexpr (!all) errors[i] = counts[i].keep(errors[i]);
+            x[i] = errors[i];
+            if constexpr (!all) x[i] = counts[i].keep(x[i]);
           }
-          sums.add(errors);
+          sums.add(x);
           sums.num_tokens += num_tokens;
         });
   }
   LAMBDA_RETURN_INLINE void skip() const {}
+  LAMBDA_RETURN_INLINE void prefetch(int64_t t) const { attention.prefetch(t); }
 };
 
 template <class Scan, class scalar_t, bool kShared>
 struct LossGradientSink {
+  static constexpr bool kErrors = true;
   using V = typename Scan::V;
   using Mask = typename Scan::Mask;
   Attention<Scan, kShared> attention;
@@ -261,18 +302,18 @@ struct LossGradientSink {
     });
   }
   template <bool kAll>
-  LAMBDA_RETURN_INLINE void tile(
-      const uint8_t* mask, const V (&values)[4], const Mask (&valid)[4], const V (&before)[4]) const {
+  LAMBDA_RETURN_INLINE void tile(const uint8_t* mask, const Mask (&valid)[4], const V (&errors)[4]) const {
     attention.template with_counts<kAll>(mask, valid, [&](auto all, int64_t, auto& counts) LAMBDA_RETURN_INLINE_LAMBDA {
       V x[4];
       for (int i = 0; i < 4; ++i) {
-        x[i] = (values[i] - before[i]) * scale;
+        x[i] = errors[i] * scale;
         if constexpr (!all) x[i] = counts[i].keep(x[i]);
       }
       out.store_tile(x);
     });
   }
   LAMBDA_RETURN_INLINE void skip() const { out.skip(); }
+  LAMBDA_RETURN_INLINE void prefetch(int64_t t) const { attention.prefetch(t); }
 };
 
 // ---- one stretch of a row -------------------------------------------------------------------------------------------
@@ -285,16 +326,16 @@ LAMBDA_RETURN_INLINE void scan_tile(Scan& scan, const scalar_t* values, const ui
     sink.skip();
     return;
   }
-  typename Scan::V v[4], before[4];
+  typename Scan::V v[4], x[4];
   typename Scan::Mask valid[4];
   Scan::load_tile(values, v);
   if (fill == Fill::kAll) {
-    scan.template tile<true>(v, valid, before);
-    sink.template tile<true>(mask, v, valid, before);
+    scan.template tile<true, Sink::kErrors>(v, valid, x);
+    sink.template tile<true>(mask, valid, x);
   } else {
     Scan::load_mask(load_vector<typename Scan::Bytes>(mask), valid);
-    scan.template tile<false>(v, valid, before);
-    sink.template tile<false>(mask, v, valid, before);
+    scan.template tile<false, Sink::kErrors>(v, valid, x);
+    sink.template tile<false>(mask, valid, x);
   }
 }
 
@@ -308,6 +349,10 @@ LAMBDA_RETURN_INLINE AffineMap<accumulate_of<scalar_t>> scan_tiles(
   Scan scan(constants, carry);
   for (int64_t i = 0; i < tiles; ++i) {
     const int64_t t = Scan::kReverse ? T - (i + 1) * kTile : i * kTile;
+    const int64_t ahead = Scan::kReverse ? t - kTilesAhead * kTile : t + kTilesAhead * kTile;
+    prefetch_tile<kTile>(values, ahead);
+    prefetch_tile<kTile>(mask, ahead);
+    sink.prefetch(ahead);
     scan_tile(scan, values + t, mask + t, sink.at(t));
   }
   if (rest > 0) {
@@ -369,13 +414,13 @@ AffineMap<accumulate_of<scalar_t>> lambda_return_backward(
 template <class scalar_t, bool kShared>
 AffineMap<accumulate_of<scalar_t>> lambda_value_loss_as(
     const ScanConstants<accumulate_of<scalar_t>>& constants, const scalar_t* values, const uint8_t* attention_mask,
-    const uint8_t* loss_mask, int64_t T, accumulate_of<scalar_t> carry, SquaredError* error) {
+    const uint8_t* loss_mask, int64_t T, accumulate_of<scalar_t> carry, SquaredErrorLanes* error) {
   return with_scan<scalar_t, Direction::kRightToLeft>(constants, [&](auto type) {
     using Scan = typename decltype(type)::type;
     LossSums<Scan> sums;
     const auto map =
         scan_tiles<Scan>(constants, values, loss_mask, T, carry, LossSink<Scan, kShared>{{attention_mask}, sums});
-    sums.add_to(error);
+    sums.write(error);
     return map;
   });
 }
@@ -383,7 +428,7 @@ AffineMap<accumulate_of<scalar_t>> lambda_value_loss_as(
 template <class scalar_t>
 AffineMap<accumulate_of<scalar_t>> lambda_value_loss(
     const ScanConstants<accumulate_of<scalar_t>>& constants, const scalar_t* values, const uint8_t* attention_mask,
-    const uint8_t* loss_mask, int64_t T, accumulate_of<scalar_t> carry, SquaredError* error) {
+    const uint8_t* loss_mask, int64_t T, accumulate_of<scalar_t> carry, SquaredErrorLanes* error) {
   const auto kernel =
       attention_mask == loss_mask ? lambda_value_loss_as<scalar_t, true> : lambda_value_loss_as<scalar_t, false>;
   return kernel(constants, values, attention_mask, loss_mask, T, carry, error);
@@ -437,7 +482,8 @@ LAMBDA_RETURN_INLINE void for_errors(
 }
 
 template <class scalar_t, class target_t>
-void masked_mse(const scalar_t* values, const target_t* targets, const uint8_t* mask, int64_t T, SquaredError* error) {
+void masked_mse(
+    const scalar_t* values, const target_t* targets, const uint8_t* mask, int64_t T, SquaredErrorLanes* error) {
   constexpr int W = lanes_of<scalar_t>;
   using V = Vector<accumulate_of<scalar_t>, W>;
   decltype(in_float64(V())) squares{};
@@ -446,8 +492,7 @@ void masked_mse(const scalar_t* values, const target_t* targets, const uint8_t* 
     squares += in_float64(errors * errors);
     dropped.add(valid);
   });
-  error->num_tokens += (T + W - 1) / W * W - dropped.dropped();
-  error->sum += sum_of_lanes(squares);
+  write_lanes(squares, (T + W - 1) / W * W - dropped.dropped(), error);
 }
 
 template <class scalar_t, class target_t>

@@ -97,6 +97,15 @@ struct RowScan {
     }
   }
 
+  // b - a x, likewise.
+  static LAMBDA_RETURN_INLINE V subtract(V b, V a, V x) {
+    if constexpr (terms == Terms::kNoCarry) {
+      return b - drop(x, a == 0);
+    } else {
+      return subtract_product(b, a, x);
+    }
+  }
+
   // x through one token's map, and a weight times that token's: unchanged where the token is not valid.
   template <bool kAll>
   LAMBDA_RETURN_INLINE V step(Mask valid, V b, V x) const {
@@ -195,10 +204,13 @@ struct RowScan {
     store_vector(to + 2 * W, shuffle<PairInMemory<W>>(pairs[0], pairs[1]));
   }
 
-  // values: token i of each chunk. On return before[i] is the carry that reaches token i.
+  // values: token i of each chunk. On return out[i] is the carry h that reaches token i, or with kErrors value - h.
   // kAll: no token is masked, valid[] is not read.
-  template <bool kAll>
-  LAMBDA_RETURN_INLINE void tile(const V (&values)[4], const Mask (&valid)[4], V (&before)[4]) {
+  //
+  // What waits for h, at the end of a long chain of operations, keeps the processor from starting on the next tiles.
+  // So a value loses beforehand what it can.
+  template <bool kAll, bool kErrors>
+  LAMBDA_RETURN_INLINE void tile(const V (&values)[4], const Mask (&valid)[4], V (&out)[4]) {
     // What each token adds; then the maps of the first one, two, three and all four tokens in the order of the scan.
     V b[4];
     for (int i = 0; i < 4; ++i) {
@@ -231,10 +243,17 @@ struct RowScan {
     constexpr int last = kReverse ? lane_of(0) : lane_of(W - 1);
     state = apply(kAll ? k.tile : broadcast_lane<last>(A), shuffle<StateIndex<last>>(B, V{}), state);
 
-    before[first] = h;
-    before[second] = step<kAll>(valid[first], b[first], h);
-    before[third] = apply(a01, b01, h);
-    before[fourth] = apply(a012, b012, h);
+    if constexpr (kErrors) {
+      out[first] = values[first] - h;
+      out[second] = subtract(values[second] - b0, a0, h);
+      out[third] = subtract(values[third] - b01, a01, h);
+      out[fourth] = subtract(values[fourth] - b012, a012, h);
+    } else {
+      out[first] = h;
+      out[second] = step<kAll>(valid[first], b[first], h);
+      out[third] = apply(a01, b01, h);
+      out[fourth] = apply(a012, b012, h);
+    }
   }
   // One lane of the first in lanes 0 and 1, the second in the others.
   template <int kLane>

@@ -28,7 +28,7 @@ LAMBDA_RETURN_INLINE void store_vector(void* to, V x) {
 
 template <class V, class T>
 LAMBDA_RETURN_INLINE V broadcast(T x) {
-  return V{} + x;
+  return x - V{};  // not +, which would turn -0 into 0 and so not be left out
 }
 
 // +0 where dropped is all ones, whatever stands there in x; x where it is 0.
@@ -85,6 +85,32 @@ LAMBDA_RETURN_INLINE V multiply_add(V a, V b, V c) {
   }
 #else
   return a * b + c;
+#endif
+}
+
+// c - a * b, likewise.
+template <class V>
+LAMBDA_RETURN_INLINE V subtract_product(V c, V a, V b) {
+#if LAMBDA_RETURN_FMA
+  constexpr bool is_float = sizeof(a[0]) == 4;
+#if LAMBDA_RETURN_AVX512
+  if constexpr (sizeof(V) == 64 && is_float) {
+    return (V)_mm512_fnmadd_ps((__m512)a, (__m512)b, (__m512)c);
+  } else if constexpr (sizeof(V) == 64) {
+    return (V)_mm512_fnmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+  } else
+#endif
+      if constexpr (sizeof(V) > 32) {
+    return join<V>(
+        subtract_product(low_half(c), low_half(a), low_half(b)),
+        subtract_product(high_half(c), high_half(a), high_half(b)));
+  } else if constexpr (is_float) {
+    return (V)_mm256_fnmadd_ps((__m256)a, (__m256)b, (__m256)c);
+  } else {
+    return (V)_mm256_fnmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+  }
+#else
+  return c - a * b;
 #endif
 }
 
