@@ -67,6 +67,15 @@ struct RowShape {
   }
 };
 
+// Lets the processor wait for another one.
+inline void pause_thread() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
 // Runs run(stretch, carry) -> map on every stretch of every row, in the order of the scan within a row, where
 // map_of(stretch) gives the same map without writing anything. first(row) is the carry that a row starts with,
 // last(row, carry) takes what it ends with, rule(row) says how its maps are applied.
@@ -135,8 +144,12 @@ void scan_rows(
         out.publish(row_rule.apply(run(stretch, in.value), in.value));
       } else {
         const AffineMap<acc_t> map = map_of(stretch);
-        while (!in.ready.load(std::memory_order_acquire)) {
-          std::this_thread::yield();
+        for (int pauses = 1; !in.ready.load(std::memory_order_acquire); ++pauses) {
+          if (pauses % 256 != 0) {
+            pause_thread();
+          } else {
+            std::this_thread::yield();  // there may be more threads than processors
+          }
         }
         out.publish(row_rule.apply(map, in.value));
         run(stretch, in.value);
