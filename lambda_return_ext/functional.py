@@ -59,9 +59,15 @@ def _explained(run: Callable[..., Tensor], explain: Callable[..., None], operato
     raise refusal
 
 
-def _are_numbers(gamma: float | Tensor, lam: float | Tensor) -> bool:
+def _as_numbers(gamma: float | Tensor, lam: float | Tensor) -> tuple[float, float] | None:
+    """Return both as floats in [0, 1], or None where one is a tensor."""
     # Usually floats, of which torch's isinstance() is slow to say that they are no tensors.
-    return type(gamma) is type(lam) is float or not (isinstance(gamma, Tensor) or isinstance(lam, Tensor))
+    if type(gamma) is type(lam) is float:
+        if 0.0 <= gamma <= 1.0 and 0.0 <= lam <= 1.0:
+            return gamma, lam
+    elif isinstance(gamma, Tensor) or isinstance(lam, Tensor):
+        return None
+    return check_unit_interval("gamma", gamma), check_unit_interval("lam", lam)
 
 
 def _squeezed(x: Tensor) -> Tensor:
@@ -202,11 +208,9 @@ def compute_lambda_return(
 
     Source: Sutton and Barto, Reinforcement Learning (2nd ed.), section 12.1, the recursive form of the lambda-return.
     """
-    if rewards is bootstrap_values is None and _are_numbers(gamma, lam):
-        gamma, lam = check_unit_interval("gamma", gamma), check_unit_interval("lam", lam)
-        return _explained(
-            call, _explain_return, _ops.lambda_return.default, values, terminal_rewards, loss_mask, gamma, lam
-        )
+    if rewards is bootstrap_values is None and (numbers := _as_numbers(gamma, lam)):
+        tensors = values, terminal_rewards, loss_mask
+        return _explained(call, _explain_return, _ops.lambda_return.default, *tensors, *numbers)
     values = check_values("values", values)
     scan = _check_scan(values, terminal_rewards, loss_mask, gamma, lam, rewards, bootstrap_values, None)
     return call(_ops.td_lambda.default, *scan, False)
@@ -466,11 +470,10 @@ def compute_lambda_value_loss(
         and detach_targets
         and not return_statistics
         and rewards is bootstrap_values is output_mask is old_values is clip_range is normalizer is None
-        and _are_numbers(gamma, lam)
+        and (numbers := _as_numbers(gamma, lam))
     ):
-        gamma, lam = check_unit_interval("gamma", gamma), check_unit_interval("lam", lam)
         tensors = _squeezed(value_logits), terminal_rewards, attention_mask, loss_mask
-        return _explained(call_loss, _explain_loss, _ops.lambda_value_loss.default, *tensors, gamma, lam)
+        return _explained(call_loss, _explain_loss, _ops.lambda_value_loss.default, *tensors, *numbers)
     values = check_value_logits("value_logits", value_logits)
     check_like("attention_mask", attention_mask, values)
     check_like("loss_mask", loss_mask, values)
