@@ -105,6 +105,8 @@ struct Rows {
   int64_t stride;
 
   T* operator[](int64_t row) const { return data + row * stride; }
+  // Whether each of rows of that length begins where another one ends.
+  bool follow(int64_t length) const { return stride == length; }
 };
 
 template <class T>

@@ -12,7 +12,7 @@ Tensor lambda_return(
   THO_DISPATCH_V2(values.scalar_type(), "lambda_return", AT_WRAP([&] {
     const auto g = mutable_rows<kernel_t<scalar_t>>(returns);
     scan_returns<scalar_t>(
-        in.values, in.terminal_rewards, in.mask, gamma, lam,
+        in.values, in.terminal_rewards, in.mask, gamma, lam, true,
         [&](const auto& k, const auto& constants, const Stretch& s, auto* v, auto* m, auto carry) {
           return k.lambda_return(constants, v, m, s.length, carry, g[s.row] + s.begin);
         });
@@ -36,7 +36,8 @@ std::tuple<Tensor, Tensor> lambda_return_backward(
     auto* dr = static_cast<acc_t*>(grad_rewards.mutable_data_ptr());
     const auto discount = Discount<acc_t>::from(gamma, lam);
     const auto& k = kernels<scalar_t>();
-    const auto constants = k.constants(discount);
+    auto constants = k.constants(discount);
+    constants.prefetch = prefetch_for<scalar_t>(in.B * in.T, g.follow(in.T) && m.follow(in.T));
     scan_rows<acc_t>(
         {in.B, in.T}, From::kLeft, [&](int64_t) { return AffineRule<acc_t>(discount); },
         [](int64_t) { return acc_t(0); },

@@ -14,7 +14,7 @@ std::tuple<Tensor, Tensor> lambda_value_loss(
     const int64_t per_row = stretches_of(in.T);
     const StretchErrors errors(in.B * per_row);
     scan_returns<scalar_t>(
-        in.values, in.terminal_rewards, in.loss_mask, gamma, lam,
+        in.values, in.terminal_rewards, in.loss_mask, gamma, lam, a.follow(in.T),
         [&](const auto& k, const auto& constants, const Stretch& s, auto* v, auto* m, auto carry) {
           SquaredErrorLanes* error = errors.of(s.row * per_row + s.index);
           return k.lambda_value_loss(constants, v, a[s.row] + s.begin, m, s.length, carry, error);
@@ -37,7 +37,7 @@ Tensor lambda_value_loss_backward(
     const auto dv = mutable_rows<kernel_t<scalar_t>>(grad_values);
     const auto scale = gradient_scale<accumulate_t<scalar_t>>(grad);
     scan_returns<scalar_t>(
-        in.values, in.terminal_rewards, in.loss_mask, gamma, lam,
+        in.values, in.terminal_rewards, in.loss_mask, gamma, lam, a.follow(in.T),
         [&](const auto& k, const auto& constants, const Stretch& s, auto* v, auto* m, auto carry) {
           return k.lambda_value_loss_backward(
               constants, v, a[s.row] + s.begin, m, s.length, carry, scale, dv[s.row] + s.begin);

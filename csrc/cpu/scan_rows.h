@@ -161,23 +161,33 @@ void scan_rows(
   }
 }
 
+// For a tensor of tokens and, of as many tokens each, what else is scanned with it. Half a MiB of it leaves room for
+// that and for results in a second-level cache.
+template <class scalar_t>
+Prefetch prefetch_for(int64_t tokens, bool rows_follow) {
+  constexpr int64_t kCached = (1 << 19) / sizeof(scalar_t);
+  return tokens <= kCached ? Prefetch::kNone : rows_follow ? Prefetch::kBeyond : Prefetch::kStretch;
+}
+
 // The scan of the lambda-return over values [B, T] and mask [B, T] from terminal_rewards [B]: runs
 //   run(kernels, constants, stretch, values of the stretch, mask of the stretch, carry) -> map
-// on every stretch, where run calls one of the kernels and brings what else that one needs.
+// on every stretch, where run calls one of the kernels and brings what else that one needs; rows_follow: in that too,
+// each row begins where another one ends.
 template <class scalar_t, class Run>
 void scan_returns(
     const Tensor& values, const Tensor& terminal_rewards, const Tensor& mask, double gamma, double lam,
-    const Run& run) {
+    bool rows_follow, const Run& run) {
   using acc_t = accumulate_t<scalar_t>;
   const auto v = const_rows<kernel_t<scalar_t>>(values);
   const auto m = const_rows<uint8_t>(mask);
   const auto* r = static_cast<const acc_t*>(terminal_rewards.const_data_ptr());
   const auto discount = Discount<acc_t>::from(gamma, lam);
   const auto& k = kernels<scalar_t>();
-  const auto constants = k.constants(discount);
+  auto constants = k.constants(discount);
+  const int64_t B = values.size(0), T = values.size(1);
+  constants.prefetch = prefetch_for<scalar_t>(B * T, rows_follow && v.follow(T) && m.follow(T));
   scan_rows<acc_t>(
-      {values.size(0), values.size(1)}, From::kRight, [&](int64_t) { return AffineRule<acc_t>(discount); },
-      [&](int64_t b) { return r[b]; },
+      {B, T}, From::kRight, [&](int64_t) { return AffineRule<acc_t>(discount); }, [&](int64_t b) { return r[b]; },
       [&](const Stretch& s) { return k.returns_map(constants, v[s.row] + s.begin, m[s.row] + s.begin, s.length); },
       [&](const Stretch& s, acc_t carry) {
         return run(k, constants, s, v[s.row] + s.begin, m[s.row] + s.begin, carry);

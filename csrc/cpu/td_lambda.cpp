@@ -86,7 +86,11 @@ class AdjointScan {
   // dv <- the gradient of the values.
   void write(const Rows<value_t>& dv) const {
     const auto& own = kernels<scalar_t>();
-    const auto constants = [&](int64_t row) { return own.constants(discounts_.at<acc_t>(row)); };
+    const auto constants = [&](int64_t row) {
+      auto of_row = own.constants(discounts_.at<acc_t>(row));
+      of_row.prefetch = layout_.prefetch_for<scalar_t>(grads_, mask_);
+      return of_row;
+    };
     run([&](const Stretch& s) { return own.adjoint_map(constants(s.row), grads(s), mask(s), s.length); },
         [&](const Stretch& s, acc_t carry) {
           return own.lambda_return_backward(

@@ -42,6 +42,11 @@ class Layout {
     if (x.data == nullptr) return nullptr;
     return shape_.offsets == nullptr ? x[row] : x.data + shape_.offsets[row];
   }
+  template <class scalar_t, class T>
+  Prefetch prefetch_for(const Rows<T>& x, const Rows<const uint8_t>& mask) const {
+    const bool follow = x.follow(shape_.T) && (mask.data == nullptr || mask.follow(shape_.T));
+    return cpu::prefetch_for<scalar_t>(shape_.tokens(), shape_.offsets != nullptr || follow);
+  }
 
  private:
   RowShape shape_;
@@ -106,7 +111,11 @@ class TdLambdaScan {
   // rows <- G, where there are neither rewards nor logits.
   void write_returns(const Rows<value_t>& rows) const {
     const auto& own = kernels<scalar_t>();
-    const auto constants = [&](int64_t row) { return own.constants(discounts_.at<acc_t>(row)); };
+    const auto constants = [&](int64_t row) {
+      auto of_row = own.constants(discounts_.at<acc_t>(row));
+      of_row.prefetch = layout_.prefetch_for<scalar_t>(values_, mask_);
+      return of_row;
+    };
     const auto values = [&](const Stretch& stretch) { return layout_.row_of(values_, stretch.row) + stretch.begin; };
     scan_rows<acc_t>(
         layout_.rows(), From::kRight, rule(), first(),

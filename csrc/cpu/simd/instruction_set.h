@@ -24,12 +24,17 @@ struct float16_bits {
   uint16_t bits;
 };
 
+// What a scan asks for ahead of itself: nothing, for data in a cache; what is left of its stretch; or also what lies
+// behind that, for rows of which each begins where another one ends.
+enum class Prefetch { kNone, kStretch, kBeyond };
+
 // A discount with the powers of c = gamma lam that a tile needs, laid out for one instruction set.
 template <class acc_t>
 struct ScanConstants {
   acc_t value, carry;  // gamma (1 - lam), gamma lam
   acc_t power[4];      // c^4, c^8, c^16, c^32
   acc_t tile;          // c^(tokens of a tile)
+  Prefetch prefetch;   // kNone unless set
   alignas(64) acc_t carry_in_reverse[16];
   alignas(64) acc_t carry_in_forward[16];
 };

@@ -52,7 +52,7 @@ ScanConstants<accumulate_of<scalar_t>> scan_constants(Discount<accumulate_of<sca
 // processor does not get far enough ahead by itself to hide the way from memory.
 constexpr int64_t kTilesAhead = 48;
 
-// Of from + t, which may lie outside of the array: a prefetch of what does not exist does nothing.
+// At from + t, which may lie outside of the array: a prefetch of what does not exist does nothing.
 template <int kTile, class T>
 LAMBDA_RETURN_INLINE void prefetch_tile(const T* from, int64_t t) {
   const uintptr_t address = reinterpret_cast<uintptr_t>(from) + t * sizeof(T);
@@ -346,13 +346,18 @@ LAMBDA_RETURN_INLINE AffineMap<accumulate_of<scalar_t>> scan_tiles(
     accumulate_of<scalar_t> carry, const Sink& sink) {
   constexpr int kTile = Scan::kTile;
   const int64_t rest = T % kTile, tiles = T / kTile;
+  const int64_t asking = constants.prefetch == Prefetch::kNone      ? 0
+                         : constants.prefetch == Prefetch::kStretch ? tiles - kTilesAhead
+                                                                    : tiles;
   Scan scan(constants, carry);
   for (int64_t i = 0; i < tiles; ++i) {
     const int64_t t = Scan::kReverse ? T - (i + 1) * kTile : i * kTile;
-    const int64_t ahead = Scan::kReverse ? t - kTilesAhead * kTile : t + kTilesAhead * kTile;
-    prefetch_tile<kTile>(values, ahead);
-    prefetch_tile<kTile>(mask, ahead);
-    sink.prefetch(ahead);
+    if (i < asking) {
+      const int64_t ahead = Scan::kReverse ? t - kTilesAhead * kTile : t + kTilesAhead * kTile;
+      prefetch_tile<kTile>(values, ahead);
+      prefetch_tile<kTile>(mask, ahead);
+      sink.prefetch(ahead);
+    }
     scan_tile(scan, values + t, mask + t, sink.at(t));
   }
   if (rest > 0) {

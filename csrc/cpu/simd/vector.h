@@ -28,7 +28,7 @@ LAMBDA_RETURN_INLINE void store_vector(void* to, V x) {
 
 template <class V, class T>
 LAMBDA_RETURN_INLINE V broadcast(T x) {
-  return x - V{};  // not +, which would turn -0 into 0 and so not be left out
+  return x - V{};  // x itself; x + V{} would have to be computed, as it is 0 where x is -0
 }
 
 // +0 where dropped is all ones, whatever stands there in x; x where it is 0.
