@@ -93,7 +93,7 @@ def _register_autograd(
         return output
 
     def loss_alone(ctx: Any, *inputs: Any) -> Tensor:
-        with _below_autograd():
+        with _below_autograd():  # forward() itself would be a call more, of 0.2 microseconds
             output = operator(*inputs)
         setup_context(ctx, inputs, output)
         return output[0]

@@ -36,8 +36,8 @@ std::tuple<Tensor, Tensor> lambda_return_backward(
     auto* dr = static_cast<acc_t*>(grad_rewards.mutable_data_ptr());
     const auto discount = Discount<acc_t>::from(gamma, lam);
     const auto& k = kernels<scalar_t>();
-    auto constants = k.constants(discount);
-    constants.prefetch = prefetch_for<scalar_t>(in.B * in.T, g.follow(in.T) && m.follow(in.T));
+    const auto constants =
+        k.constants(discount, prefetch_for<scalar_t>(in.B * in.T, g.follow(in.T) && m.follow(in.T)));
     scan_rows<acc_t>(
         {in.B, in.T}, From::kLeft, [&](int64_t) { return AffineRule<acc_t>(discount); },
         [](int64_t) { return acc_t(0); },

@@ -183,9 +183,9 @@ void scan_returns(
   const auto* r = static_cast<const acc_t*>(terminal_rewards.const_data_ptr());
   const auto discount = Discount<acc_t>::from(gamma, lam);
   const auto& k = kernels<scalar_t>();
-  auto constants = k.constants(discount);
   const int64_t B = values.size(0), T = values.size(1);
-  constants.prefetch = prefetch_for<scalar_t>(B * T, rows_follow && v.follow(T) && m.follow(T));
+  const auto constants =
+      k.constants(discount, prefetch_for<scalar_t>(B * T, rows_follow && v.follow(T) && m.follow(T)));
   scan_rows<acc_t>(
       {B, T}, From::kRight, [&](int64_t) { return AffineRule<acc_t>(discount); }, [&](int64_t b) { return r[b]; },
       [&](const Stretch& s) { return k.returns_map(constants, v[s.row] + s.begin, m[s.row] + s.begin, s.length); },

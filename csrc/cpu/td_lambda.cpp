@@ -86,11 +86,8 @@ class AdjointScan {
   // dv <- the gradient of the values.
   void write(const Rows<value_t>& dv) const {
     const auto& own = kernels<scalar_t>();
-    const auto constants = [&](int64_t row) {
-      auto of_row = own.constants(discounts_.at<acc_t>(row));
-      of_row.prefetch = layout_.prefetch_for<scalar_t>(grads_, mask_);
-      return of_row;
-    };
+    const Prefetch prefetch = layout_.prefetch_for<scalar_t>(grads_, mask_);
+    const auto constants = [&](int64_t row) { return own.constants(discounts_.at<acc_t>(row), prefetch); };
     run([&](const Stretch& s) { return own.adjoint_map(constants(s.row), grads(s), mask(s), s.length); },
         [&](const Stretch& s, acc_t carry) {
           return own.lambda_return_backward(
@@ -140,7 +137,7 @@ class AdjointScan {
   AffineMap<acc_t> for_blocks(const Stretch& s, const Body& body) const {
     alignas(64) acc_t widened[kBlock];
     // A itself reaches the tokens; their weights come after.
-    const auto constants = kernels<acc_t>().constants({acc_t(1), discounts_.at<acc_t>(s.row).carry});
+    const auto constants = kernels<acc_t>().constants({acc_t(1), discounts_.at<acc_t>(s.row).carry}, Prefetch::kNone);
     auto map = AffineMap<acc_t>::identity();
     for (int64_t begin = 0; begin < s.length; begin += kBlock) {
       const int64_t length = std::min(kBlock, s.length - begin);

@@ -42,6 +42,7 @@ class Layout {
     if (x.data == nullptr) return nullptr;
     return shape_.offsets == nullptr ? x[row] : x.data + shape_.offsets[row];
   }
+  // For a scan over both.
   template <class scalar_t, class T>
   Prefetch prefetch_for(const Rows<T>& x, const Rows<const uint8_t>& mask) const {
     const bool follow = x.follow(shape_.T) && (mask.data == nullptr || mask.follow(shape_.T));
@@ -111,11 +112,8 @@ class TdLambdaScan {
   // rows <- G, where there are neither rewards nor logits.
   void write_returns(const Rows<value_t>& rows) const {
     const auto& own = kernels<scalar_t>();
-    const auto constants = [&](int64_t row) {
-      auto of_row = own.constants(discounts_.at<acc_t>(row));
-      of_row.prefetch = layout_.prefetch_for<scalar_t>(values_, mask_);
-      return of_row;
-    };
+    const Prefetch prefetch = layout_.prefetch_for<scalar_t>(values_, mask_);
+    const auto constants = [&](int64_t row) { return own.constants(discounts_.at<acc_t>(row), prefetch); };
     const auto values = [&](const Stretch& stretch) { return layout_.row_of(values_, stretch.row) + stretch.begin; };
     scan_rows<acc_t>(
         layout_.rows(), From::kRight, rule(), first(),
@@ -163,7 +161,7 @@ class TdLambdaScan {
     constexpr bool kIsAccumulated = std::is_same_v<scalar_t, acc_t>;
     const bool make_terms = !kIsAccumulated || rewards_.data != nullptr || logits_;
     const auto constants =
-        kernels<acc_t>().constants(make_terms ? Discount<acc_t>{acc_t(1), discount.carry} : discount);
+        kernels<acc_t>().constants(make_terms ? Discount<acc_t>{acc_t(1), discount.carry} : discount, Prefetch::kNone);
     alignas(64) acc_t widened[kBlock], values[kBlock], terms[kBlock];
     const value_t* row_values = layout_.row_of(values_, stretch.row);
     const acc_t* row_rewards = layout_.row_of(rewards_, stretch.row);

@@ -57,8 +57,7 @@ void count_rows(const Cases& count, const RowKernels<scalar_t>& kernels) {
   std::vector<scalar_t> values(kBlock * K), out(kBlock * K);
   kernels.narrow(wide.data(), kBlock * K, values.data());
   const auto dense = mask_without(0, 1), gaps = mask_without(3, 7919), others = mask_without(2, 3);
-  auto constants = kernels.constants(Discount<acc_t>::from(1.0, 0.95));
-  constants.prefetch = Prefetch::kBeyond;
+  const auto constants = kernels.constants(Discount<acc_t>::from(1.0, 0.95), Prefetch::kBeyond);
   const scalar_t* v = values.data();
   scalar_t* o = out.data();
   SquaredErrorLanes error;

@@ -98,8 +98,7 @@ void check_kernels(const char* set, const char* dtype, const RowKernels<scalar_t
           }
           const auto narrow = Discount<acc_t>::from(gamma, lam);
           const Discount<double> wide{narrow.value, narrow.carry};
-          auto constants = kernels.constants(narrow);
-          constants.prefetch = static_cast<Prefetch>(T % 3);
+          const auto constants = kernels.constants(narrow, static_cast<Prefetch>(T % 3));
           const AffineRule<acc_t> rule(narrow);
           const acc_t reward = acc_t(0.7), scale = acc_t(0.3);
           double worst = 0;

@@ -34,7 +34,7 @@ struct ScanConstants {
   acc_t value, carry;  // gamma (1 - lam), gamma lam
   acc_t power[4];      // c^4, c^8, c^16, c^32
   acc_t tile;          // c^(tokens of a tile)
-  Prefetch prefetch;   // kNone unless set
+  Prefetch prefetch;
   alignas(64) acc_t carry_in_reverse[16];
   alignas(64) acc_t carry_in_forward[16];
 };
@@ -79,7 +79,7 @@ struct RowKernels {
   using Constants = ScanConstants<acc_t>;
   using Map = AffineMap<acc_t>;
 
-  Constants (*constants)(Discount<acc_t> discount);
+  Constants (*constants)(Discount<acc_t> discount, Prefetch prefetch);
   // The map alone, of returns (right to left) and of their adjoint (left to right).
   Map (*returns_map)(const Constants&, const scalar_t* values, const uint8_t* mask, int64_t T);
   Map (*adjoint_map)(const Constants&, const scalar_t* grad_returns, const uint8_t* mask, int64_t T);

@@ -17,12 +17,13 @@ template <class scalar_t>
 constexpr int lanes_of = sizeof(accumulate_of<scalar_t>) == 8 ? kDoubleLanes : kLanes;
 
 template <class scalar_t>
-ScanConstants<accumulate_of<scalar_t>> scan_constants(Discount<accumulate_of<scalar_t>> discount) {
+ScanConstants<accumulate_of<scalar_t>> scan_constants(Discount<accumulate_of<scalar_t>> discount, Prefetch prefetch) {
   using acc_t = accumulate_of<scalar_t>;
   constexpr int W = lanes_of<scalar_t>;
   ScanConstants<acc_t> constants{};
   constants.value = discount.value;
   constants.carry = discount.carry;
+  constants.prefetch = prefetch;
   double power[W + 1];  // of c^4
   const double c = discount.carry;
   power[0] = 1;
