@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import rotate_half
 
-from lambda_return_ext.critic.data import Solution
+from lambda_return_ext.critic.data.rollouts import Solution
 
 
 class BlockInputs(Mapping[Solution, Tensor]):

@@ -15,7 +15,7 @@ import torch
 
 from experiments import prepare
 from experiments.settings import Settings
-from lambda_return_ext.critic.checkpoint import write_text
+from lambda_return_ext.critic.files import write_text
 
 Run = Mapping[str, Any]
 KEYS = ("data_set", "regime", "contestant", "seed")

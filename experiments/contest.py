@@ -14,12 +14,16 @@ from torch import Tensor, nn
 
 from experiments.block import TrainedBlock
 from lambda_return_ext.critic.config import Config
-from lambda_return_ext.critic.data import Collator, PairData, Solution, TokenPair, epoch_batches
+from lambda_return_ext.critic.data.batches import Collator, epoch_batches
+from lambda_return_ext.critic.data.pairs import TokenPair
+from lambda_return_ext.critic.data.rollouts import Solution
+from lambda_return_ext.critic.data.split import PairData
+from lambda_return_ext.critic.evaluation.baselines import length_baseline
+from lambda_return_ext.critic.evaluation.metrics import evaluate_pairs, measure_batch
 from lambda_return_ext.critic.losses import count_terms, value_loss
-from lambda_return_ext.critic.metrics import evaluate_pairs, length_baseline, measure_batch
-from lambda_return_ext.critic.model import ValueModel
-from lambda_return_ext.critic.optimization import lam_schedule, lr_schedule, parameter_groups
-from lambda_return_ext.critic.trainer import training_batch
+from lambda_return_ext.critic.model.value_model import ValueModel
+from lambda_return_ext.critic.training.optimization import lam_schedule, lr_schedule, parameter_groups
+from lambda_return_ext.critic.training.trainer import training_batch
 
 KEPT = ("pairwise_accuracy", "last_token_accuracy", "margin", "token_variance_right", "token_variance_wrong", "loss")
 TRAIN_PAIRS = 100  # at most so many are measured beside validation

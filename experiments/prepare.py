@@ -16,12 +16,15 @@ from experiments.block import BlockInputs
 from experiments.programs import human_eval_pairs, make_hard_pairs, read_records, take
 from experiments.rollouts import make_rollouts
 from experiments.settings import Settings
-from lambda_return_ext.critic.checkpoint import atomic_folder, atomic_path
-from lambda_return_ext.critic.codeio.build import write_jsonl
 from lambda_return_ext.critic.config import DataConfig, ModelConfig
-from lambda_return_ext.critic.data import PairData, Solution, TokenPair, read_examples, select_pairs
-from lambda_return_ext.critic.metrics import likelihood_baseline
-from lambda_return_ext.critic.model import Backbone, compute_features, forget_gguf, group_by_prompt
+from lambda_return_ext.critic.data.pairs import TokenPair
+from lambda_return_ext.critic.data.rollouts import Solution
+from lambda_return_ext.critic.data.split import PairData, read_examples, select_pairs
+from lambda_return_ext.critic.evaluation.baselines import likelihood_baseline
+from lambda_return_ext.critic.files import atomic_folder, atomic_path
+from lambda_return_ext.critic.make_data.codeio.build import write_jsonl
+from lambda_return_ext.critic.model.backbone import Backbone, forget_gguf
+from lambda_return_ext.critic.model.features import compute_features, group_by_prompt
 
 DATA_SETS = ("rollouts", "mutants", "hard", "human_eval")
 

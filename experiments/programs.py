@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from experiments.edits import edit_program
-from lambda_return_ext.critic.codeio.build import write_jsonl
-from lambda_return_ext.critic.codeio.execute import Judges
-from lambda_return_ext.critic.codeio.mutate import mutants
-from lambda_return_ext.critic.codeio.problems import PROMPT_END, Unusable, find_data, make_problem, read_rows
+from lambda_return_ext.critic.make_data.codeio.build import write_jsonl
+from lambda_return_ext.critic.make_data.codeio.execute import Judges
+from lambda_return_ext.critic.make_data.codeio.mutate import mutants
+from lambda_return_ext.critic.make_data.codeio.problems import PROMPT_END, Unusable, find_data, make_problem, read_rows
 
 Record = dict[str, Any]
 
@@ -169,7 +169,7 @@ def human_eval_strip(task: Record) -> str:
     """The whole canonical program without docstrings, in the style that mutants have."""
     import ast
 
-    from lambda_return_ext.critic.codeio.problems import _drop_docstrings, _drop_unused_imports
+    from lambda_return_ext.critic.make_data.codeio.problems import _drop_docstrings, _drop_unused_imports
 
     tree = ast.parse(task["prompt"] + task["canonical_solution"])
     _drop_docstrings(tree)

@@ -11,7 +11,7 @@ from typing import Any
 from experiments.collect import Run, Table, read_runs, read_table
 from experiments.settings import load_settings
 from experiments.stats import Ranked, by_problem, differences, interval
-from lambda_return_ext.critic.checkpoint import atomic_path, write_text
+from lambda_return_ext.critic.files import atomic_path, write_text
 
 # Each against Monte-Carlo with its own head.
 REFERENCE = {"lambda_linear": "mc_linear", "mc_bias_linear": "mc_linear", "lambda_block": "mc_block"}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from experiments.families import FAMILIES, OPENINGS, Entry, Family
 from experiments.sampling import sample
-from lambda_return_ext.critic.checkpoint import write_json
+from lambda_return_ext.critic.files import write_json
 
 ANSWER = "Answer:"
 EXAMPLES = 6

@@ -20,7 +20,7 @@ from experiments.collect import collect, note_time
 from experiments.contest import Contest, run, run_config
 from experiments.report import write_report
 from experiments.settings import load_settings
-from lambda_return_ext.critic.checkpoint import write_json, write_text
+from lambda_return_ext.critic.files import write_json, write_text
 
 STAGES = ("backbone", "rollouts", "programs", "features", "contests", "facts", "report")
 SHARED = {"rollouts", "features", "contests"}  # the stages that several processes share

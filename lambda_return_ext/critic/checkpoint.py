@@ -17,9 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lambda_return_ext.critic.config import Config, load_config
-from lambda_return_ext.critic.distributed import Ranks, shard_like, unshard
 from lambda_return_ext.critic.errors import UserError
-from lambda_return_ext.critic.model import ValueModel
+from lambda_return_ext.critic.files import atomic_path, write_json, write_text
+from lambda_return_ext.critic.model.value_model import ValueModel
+from lambda_return_ext.critic.ranks import Ranks, shard_like, unshard
 
 CONFIG = "config.yaml"
 DATA = "data.json"
@@ -33,7 +34,6 @@ BEST = "best.safetensors"
 CHECKPOINTS = "checkpoints"
 RUN_FILES = (CONFIG, DATA, METRICS, RESULTS, CURVES, TENSORBOARD, TRACKING, NONFINITE, BEST, CHECKPOINTS)
 INSPECT = "inspect.html"  # written when asked for; a new run leaves it alone
-
 # What may differ when a run goes on: it changes no number but for rounding.
 MAY_CHANGE = (
     "run_dir",  # the same folder, spelt differently or moved
@@ -44,7 +44,6 @@ MAY_CHANGE = (
     "training.strategy",
     "evaluation.baselines",
 )
-
 # A tracker that cannot reach its server raises OSErrors too, which have other numbers.
 WRITE_ERRORS = (
     errno.ENOSPC,
@@ -73,42 +72,6 @@ def explain_failed_writes(run_dir: Path) -> Iterator[None]:
         newest = latest_checkpoint(run_dir)
         kept = "no checkpoint was saved yet" if newest is None else f"{newest} is intact, and --resume goes on from it"
         raise UserError(f"run_dir = {run_dir} must be writable and have room, got: {error}; {kept}") from error
-
-
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path` and rename it to `path` once it is completely on disk."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """Give a temporary folder beside `path` and rename it to `path` once all is in it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def check_run_dir(config: Config, resume: bool, overwrite: bool) -> None:

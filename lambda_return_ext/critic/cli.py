@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from lambda_return_ext.critic import codeio
 from lambda_return_ext.critic.errors import OtherRankError, UserError
-from lambda_return_ext.critic.interrupt import Interrupted
+from lambda_return_ext.critic.make_data import codeio
+from lambda_return_ext.critic.training.interrupt import Interrupted
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,9 +102,9 @@ def _parser() -> argparse.ArgumentParser:
 def _train(arguments: argparse.Namespace) -> int:
     # Imported here: the trainer's packages take seconds, which --help need not wait for.
     from lambda_return_ext.critic.config import load_config
-    from lambda_return_ext.critic.distributed import Launch, launched
-    from lambda_return_ext.critic.dry_run import dry_run
-    from lambda_return_ext.critic.trainer import train
+    from lambda_return_ext.critic.ranks import Launch, launched
+    from lambda_return_ext.critic.training.dry_run import dry_run
+    from lambda_return_ext.critic.training.trainer import train
 
     launch = launched() or Launch(0, 0, 1)
     if arguments.dry_run and launch.rank > 0:
@@ -126,28 +126,28 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from lambda_return_ext.critic.trainer import evaluate
+    from lambda_return_ext.critic.training.trainer import evaluate
 
     evaluate(arguments.run_dir)
     return 0
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from lambda_return_ext.critic.scoring import export_run
+    from lambda_return_ext.critic.evaluation.scoring import export_run
 
     export_run(arguments.run_dir, arguments.output)
     return 0
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from lambda_return_ext.critic.inspection import inspect_run
+    from lambda_return_ext.critic.reports.inspection import inspect_run
 
     inspect_run(arguments.run_dir, arguments.pairs, arguments.output)
     return 0
 
 
 def _score(arguments: argparse.Namespace) -> int:
-    from lambda_return_ext.critic.scoring import score_file
+    from lambda_return_ext.critic.evaluation.scoring import score_file
 
     a = arguments
     score_file(a.run_dir, a.data, a.output, a.subset, a.split, a.overwrite)
@@ -155,7 +155,7 @@ def _score(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from lambda_return_ext.critic.comparison import compare_runs
+    from lambda_return_ext.critic.reports.comparison import compare_runs
 
     compare_runs(arguments.run_dirs, arguments.output)
     return 0

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lambda_return_ext import compute_lambda_value_loss, lambda_value_loss_varlen
 from lambda_return_ext.critic.config import ValueLossConfig
-from lambda_return_ext.critic.data import Packing
+from lambda_return_ext.critic.data.batches import Packing
 
 
 def count_terms(config: ValueLossConfig, loss_mask: Tensor, packing: Packing | None = None) -> Tensor:

@@ -11,11 +11,15 @@ import torch
 
 from lambda_return_ext.critic import checkpoint
 from lambda_return_ext.critic.config import Config, TrainingConfig
-from lambda_return_ext.critic.data import Collator, PairData, TokenPair, read_examples, select_pairs
-from lambda_return_ext.critic.distributed import Ranks, choose_device, exchange_features
+from lambda_return_ext.critic.data.batches import Collator
+from lambda_return_ext.critic.data.pairs import TokenPair
+from lambda_return_ext.critic.data.split import PairData, read_examples, select_pairs
+from lambda_return_ext.critic.display import Display
 from lambda_return_ext.critic.errors import UserError
-from lambda_return_ext.critic.model import Backbone, ValueModel, build_model, compute_features, group_by_prompt
-from lambda_return_ext.critic.report import Display
+from lambda_return_ext.critic.model.backbone import Backbone
+from lambda_return_ext.critic.model.features import compute_features, group_by_prompt
+from lambda_return_ext.critic.model.value_model import ValueModel, build_model
+from lambda_return_ext.critic.ranks import Ranks, choose_device, exchange_features
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,14 @@ from safetensors.torch import save_file
 
 from lambda_return_ext.critic import checkpoint
 from lambda_return_ext.critic.config import load_config
-from lambda_return_ext.critic.distributed import gradients_wait, join_ranks, parallelize, whole
+from lambda_return_ext.critic.display import Display
 from lambda_return_ext.critic.errors import OtherRankError, UserError
-from lambda_return_ext.critic.interrupt import StopRequest
-from lambda_return_ext.critic.model import check_packing
-from lambda_return_ext.critic.report import Display
+from lambda_return_ext.critic.evaluation.validation import measure
+from lambda_return_ext.critic.model.value_model import check_packing
+from lambda_return_ext.critic.ranks import gradients_wait, join_ranks, parallelize, whole
 from lambda_return_ext.critic.task import build_collator, prepare
-from lambda_return_ext.critic.trainer import build_forward_loss, measure, tally, training_batch
+from lambda_return_ext.critic.training.interrupt import StopRequest
+from lambda_return_ext.critic.training.trainer import build_forward_loss, tally, training_batch
 
 STRATEGIES = ("ddp", "fsdp")
 LOSSES = {

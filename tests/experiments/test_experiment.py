@@ -21,10 +21,12 @@ from experiments.contest import Contest, build, groups, run_config
 from experiments.contest import train as train_contest
 from experiments.sampling import Rows, sample
 from experiments.settings import load_settings
-from lambda_return_ext.critic import trainer
 from lambda_return_ext.critic.config import Config
-from lambda_return_ext.critic.data import Collator, read_examples, select_pairs
-from lambda_return_ext.critic.model import Backbone, compute_features, group_by_prompt
+from lambda_return_ext.critic.data.batches import Collator
+from lambda_return_ext.critic.data.split import read_examples, select_pairs
+from lambda_return_ext.critic.model.backbone import Backbone
+from lambda_return_ext.critic.model.features import compute_features, group_by_prompt
+from lambda_return_ext.critic.training import trainer
 
 PROGRAM = """
 def main_solution(numbers, bound):
