@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from experiments.block import TrainedBlock
 from lambda_return_ext.critic.config import Config
 from lambda_return_ext.critic.data.batches import Collator, epoch_batches
-from lambda_return_ext.critic.data.pairs import TokenPair
 from lambda_return_ext.critic.data.rollouts import Solution
-from lambda_return_ext.critic.data.split import PairData
+from lambda_return_ext.critic.data.split import Item, RunData
 from lambda_return_ext.critic.evaluation.baselines import length_baseline
-from lambda_return_ext.critic.evaluation.metrics import evaluate_pairs, measure_batch
+from lambda_return_ext.critic.evaluation.metrics import evaluate_items, measure_batch
+from lambda_return_ext.critic.evaluation.validation import pairs_of
 from lambda_return_ext.critic.losses import count_terms, value_loss
 from lambda_return_ext.critic.model.value_model import ValueModel
 from lambda_return_ext.critic.training.optimization import lam_schedule, lr_schedule, parameter_groups
@@ -79,6 +79,7 @@ def run_config(settings: Mapping[str, Any], contest: Contest, train_problems: in
                 "learning_rate": run["learning_rate"],
                 "value_loss": chosen,
             },
+            "evaluation": {"batch_size": 32},
         }
     )
 
@@ -91,6 +92,7 @@ def head_type(settings: Mapping[str, Any], contest: Contest) -> str:
 def build(config: Config, hidden_size: int, base: Any = None) -> ValueModel:
     """The model of a run, as the trainer initialises it; with a base model, its last block trains below the head."""
     bias = config.training.value_loss.lambda_return.bias_init
+    assert bias != "mean"
     torch.manual_seed(config.seed)
     model = ValueModel(Features(hidden_size), config.model.head, bias, backbone_frozen=True)
     if base is not None:
@@ -113,7 +115,7 @@ def groups(config: Config, model: ValueModel, block_rate: float) -> list[dict[st
 
 
 def train(
-    config: Config, model: ValueModel, data: PairData, collate: Collator, checks: list[int], block_rate: float = 0.0
+    config: Config, model: ValueModel, data: RunData, collate: Collator, checks: list[int], block_rate: float = 0.0
 ) -> tuple[list[dict[str, float]], list[float]]:
     """The steps of `lambda-critic train`, and nothing else of it; a test holds the two together.
 
@@ -126,24 +128,23 @@ def train(
     optimizer = torch.optim.AdamW(groups(config, model, block_rate))
     lr_factor, lam = lr_schedule(training, steps), lam_schedule(training.value_loss, steps)
     torch.manual_seed(config.seed)
-    lengths = [pair.length for pair in data.train]
+    lengths = [item.length for item in data.train]
     batches: list[list[int]] = []
     trace, elsewhere = [measure(config, model, data, collate, 0)], []
     for step in range(1, steps + 1):
         if not batches:
             epoch = (step - 1) // -(-len(lengths) // training.batch_size)
             batches = epoch_batches(lengths, training.batch_size, config.seed, epoch)[::-1]
-        places = [(data.train[index], 0.0, 0.0) for index in batches.pop()]
+        places = [(data.train[index], (0.0, 0.0)) for index in batches.pop()]
         warmup = step <= training.value_loss.warmup_steps
         batch = training_batch(collate, places, places[0], warmup, None)
         model.train()
         optimizer.zero_grad(set_to_none=True)
-        counts = count_terms(training.value_loss, batch.loss_mask)
+        counts = count_terms(training.value_loss, batch)
         values = model(batch.inputs, batch.attention_mask)
         values.retain_grad()
-        masks = batch.attention_mask, batch.loss_mask, batch.terminal_rewards
         lam_now = torch.tensor(lam(step), dtype=torch.float64)
-        value_loss(training.value_loss, values, *masks, None, counts, lam_now)[0].backward()
+        value_loss(training.value_loss, values, batch, counts, lam_now)[0].backward()
         if warmup:
             assert values.grad is not None
             elsewhere.append(values.grad.masked_fill(batch.loss_mask, 0.0).abs().max().item())
@@ -156,19 +157,19 @@ def train(
     return trace, elsewhere
 
 
-def measure(config: Config, model: ValueModel, data: PairData, collate: Collator, step: int) -> dict[str, float]:
+def measure(config: Config, model: ValueModel, data: RunData, collate: Collator, step: int) -> dict[str, float]:
     """Validation, and a fixed part of the training pairs."""
     seen = data.train[:: -(-len(data.train) // TRAIN_PAIRS)]
     row: dict[str, float] = {"step": step}
     for part, pairs in (("validation", data.validation), ("train", seen)):
-        measured = evaluate_pairs(model, config.training.value_loss, pairs, collate, 32)
+        measured = evaluate_items(model, config, pairs, collate)
         row |= {f"{part}_{name}": measured[name] for name in KEPT}
         row |= {f"{part}_mean": (measured["mean_right"] + measured["mean_wrong"]) / 2}
     return row
 
 
 @torch.no_grad()
-def ranked(config: Config, model: ValueModel, pairs: list[TokenPair], collate: Collator) -> dict[str, list[int]]:
+def ranked(config: Config, model: ValueModel, pairs: Sequence[Item], collate: Collator) -> dict[str, list[int]]:
     """Of each problem, for each of its pairs, 1 where the right solution is above the wrong one."""
     model.eval()
     found: dict[str, list[int]] = {}
@@ -176,7 +177,8 @@ def ranked(config: Config, model: ValueModel, pairs: list[TokenPair], collate: C
         part = pairs[start : start + 32]
         batch = collate.pad(part)
         record = measure_batch(model(batch.inputs, batch.attention_mask), batch, config.training.value_loss)
-        right = (record["mean_right"] > record["mean_wrong"]).int().tolist()
+        of_right, of_wrong = record["mean"].chunk(2)
+        right = (of_right > of_wrong).int().tolist()
         for pair, one in zip(part, right, strict=True):
             found.setdefault(pair.problem, []).append(one)
     return found
@@ -186,9 +188,9 @@ def run(
     settings: Mapping[str, Any],
     contest: Contest,
     config: Config,
-    data: PairData,
+    data: RunData,
     features: Mapping[Solution, Tensor],
-    human_eval: list[TokenPair],
+    human_eval: Sequence[Item],
     base: Any = None,
 ) -> dict[str, Any]:
     """Train and measure one contestant; with a base model, features are what its last block reads."""
@@ -209,6 +211,6 @@ def run(
         "warmup_gradient_elsewhere": max(elsewhere, default=None),
         "validation": ranked(config, model, data.validation, collate),
         "human_eval": ranked(config, model, human_eval, collate) if human_eval else {},
-        "length": length_baseline(data.train, data.validation)[1],
+        "length": length_baseline(pairs_of(data.train), pairs_of(data.validation))[1],
         "seconds": round(time.monotonic() - started, 1),
     }

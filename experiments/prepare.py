@@ -18,8 +18,8 @@ from experiments.rollouts import make_rollouts
 from experiments.settings import Settings
 from lambda_return_ext.critic.config import DataConfig, ModelConfig
 from lambda_return_ext.critic.data.pairs import TokenPair
-from lambda_return_ext.critic.data.rollouts import Solution
-from lambda_return_ext.critic.data.split import PairData, read_examples, select_pairs
+from lambda_return_ext.critic.data.rollouts import Solution, solutions_of
+from lambda_return_ext.critic.data.split import RunData, read_rows, select_data
 from lambda_return_ext.critic.evaluation.baselines import likelihood_baseline
 from lambda_return_ext.critic.files import atomic_folder, atomic_path
 from lambda_return_ext.critic.make_data.codeio.build import write_jsonl
@@ -106,7 +106,7 @@ def make_program_pairs(settings: Settings) -> None:
         print(human_eval_pairs(chosen["human_eval"], folder / "human_eval.jsonl"), flush=True)
 
 
-def load_pairs(settings: Settings, name: str, validation: int, train: int | None, seed: int) -> PairData:
+def load_pairs(settings: Settings, name: str, validation: int, train: int | None, seed: int) -> RunData:
     """The pairs of a data set, split by problem."""
     config = DataConfig(
         path=str(Path(settings["folder"]) / f"{name}.jsonl"),
@@ -115,13 +115,13 @@ def load_pairs(settings: Settings, name: str, validation: int, train: int | None
         train_problems=train,
         split_seed=seed,
     )
-    return select_pairs(read_examples(config)[0], Backbone(str(save_backbone(settings))).tokenizer(), config)
+    return select_data(read_rows(config), Backbone(str(save_backbone(settings))).tokenizer(), config)
 
 
 def all_pairs(settings: Settings, name: str) -> list[TokenPair]:
     """Every pair of a data set."""
     data = load_pairs(settings, name, 1, None, 0)
-    return sorted(data.train + data.validation)
+    return sorted(item for item in (*data.train, *data.validation) if isinstance(item, TokenPair))
 
 
 def base_model(settings: Settings) -> Any:
@@ -140,7 +140,7 @@ def make_features(settings: Settings, name: str) -> None:
     )
     if path.exists() and (block_path.exists() or not for_block):
         return
-    groups = group_by_prompt(all_pairs(settings, name))
+    groups = group_by_prompt(solutions_of(all_pairs(settings, name)))
     total, done = sum(group.tokens for group in groups), [0, 0]
 
     def advance(tokens: int) -> None:
@@ -154,7 +154,7 @@ def make_features(settings: Settings, name: str) -> None:
     rows, prompts, outputs = [], {}, []
     for group in groups:
         computed = compute_features(model, [group], advance)
-        rows += [computed[solution] for solution in group.solutions]
+        rows += [computed[solution][1:] for solution in group.solutions]
         prompt, continued = seen
         seen.clear()
         if for_block:
@@ -193,7 +193,9 @@ def load_block_inputs(settings: Settings, name: str) -> BlockInputs:
 
 def all_solutions(settings: Settings, name: str) -> list[Solution]:
     """Every solution of a data set, in the order of its features."""
-    return [solution for group in group_by_prompt(all_pairs(settings, name)) for solution in group.solutions]
+    return [
+        solution for group in group_by_prompt(solutions_of(all_pairs(settings, name))) for solution in group.solutions
+    ]
 
 
 def split_rows(solutions: list[Solution], rows: Tensor) -> dict[Solution, Tensor]:
@@ -209,8 +211,8 @@ def likelihood(settings: Settings, name: str) -> dict[str, list[float]]:
     for pair in all_pairs(settings, name):
         by_problem[pair.problem].append(pair)
     return {
-        problem: [likelihood_baseline(model, by_problem[problem], group_by_prompt(by_problem[problem]), lambda _: None)]
-        for problem in sorted(by_problem)[:: settings["report"]["likelihood_every"]]
+        problem: [likelihood_baseline(model, pairs, group_by_prompt(solutions_of(pairs)), lambda _: None)]
+        for problem, pairs in sorted(by_problem.items())[:: settings["report"]["likelihood_every"]]
     }
 
 
@@ -219,7 +221,7 @@ def describe_pairs(settings: Settings, name: str) -> dict[str, Any]:
     pairs = all_pairs(settings, name)
     shared = []
     for pair in pairs:
-        together = zip(pair.right.output_ids, pair.wrong.output_ids, strict=False)
+        together = zip(pair.right.solution.output_ids, pair.wrong.solution.output_ids, strict=False)
         same = next((i for i, (a, b) in enumerate(together) if a != b), 0)
         shared.append(same / min(pair.right.outputs, pair.wrong.outputs))
     return {

@@ -23,6 +23,7 @@ PositiveFloat = Annotated[float, Field(gt=0.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Text = Annotated[str, Field(min_length=1)]
+ValuePosition = Literal["after", "before", "both"]
 
 
 class Section(BaseModel):
@@ -32,15 +33,18 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    """Where the pairs come from and how they are split."""
+    """Where the rollouts or pairs come from and how they are split."""
 
     path: Text
+    validation_path: Text | None = None
+    columns: dict[str, Text] = {}
+    sampling: Literal["pairs", "rollouts"] = "pairs"
     subset: Text | None = None
     split: Text = "train"
     chat_template: Text | None = None
     max_length: PositiveInt = 512
     overlong: Literal["drop", "truncate_prompt"] = "drop"
-    validation_problems: PositiveInt = 64
+    validation_problems: PositiveInt | None = None
     train_problems: PositiveInt | None = None
     pairs_per_problem: PositiveInt | None = None
     length_bin: PositiveInt | None = None
@@ -48,12 +52,20 @@ class DataConfig(Section):
     packing: bool = False
     pad_to_multiple_of: PositiveInt = 1
 
+    @model_validator(mode="after")
+    def _keys_of_pairs(self) -> DataConfig:
+        for key in ("pairs_per_problem", "length_bin"):
+            if self.sampling == "rollouts" and getattr(self, key) is not None:
+                raise ValueError(f"data.{key} must be null when data.sampling is rollouts: it chooses among pairs")
+        return self
+
 
 class HeadConfig(Section):
     """The value head on top of the backbone."""
 
     type: Literal["linear", "mlp", "sigmoid"] = "mlp"
     hidden_size: PositiveInt = 256
+    bias: bool = True
 
 
 class LoraConfig(Section):
@@ -81,6 +93,7 @@ class ModelConfig(Section):
     backbone_frozen: bool = True
     cache_features: bool = True
     gradient_checkpointing: bool = False
+    value_position: ValuePosition = "after"
     lora: LoraConfig = LoraConfig()
     head: HeadConfig = HeadConfig()
 
@@ -119,7 +132,7 @@ class LambdaReturnConfig(Section):
     lam_decay_steps: PositiveInt | None = None
     coef: PositiveFloat = 1.0
     warmup_steps: Count = 0
-    bias_init: float | None = 0.5
+    bias_init: float | Literal["mean"] | None = 0.5
 
 
 class ValueLossConfig(Section):
@@ -134,6 +147,7 @@ class ValueLossConfig(Section):
     error: Literal["mse", "huber"] = "mse"
     huber_delta: PositiveFloat = 1.0
     reduction: Literal["token", "sequence"] = "token"
+    balance: bool | None = None
     output_window: PositiveInt | None = None
 
     @model_validator(mode="after")
@@ -163,7 +177,7 @@ class ValueLossConfig(Section):
 
 
 class EarlyStoppingConfig(Section):
-    """End a run whose validation pairwise accuracy has stopped rising."""
+    """End a run that has stopped rising on validation, by the measure of `evaluation.best`."""
 
     patience: PositiveInt | None = None
     min_delta: Annotated[float, Field(ge=0.0)] = 0.0
@@ -196,6 +210,7 @@ class EvaluationConfig(Section):
 
     every: PositiveInt = 50
     batch_size: PositiveInt = 32
+    best: Literal["pairwise_accuracy", "explained_variance"] | None = None
     train_pairs: PositiveInt = 200
     baselines: bool = True
 
@@ -230,13 +245,30 @@ class Config(Section):
             ):
                 if is_on:
                     raise ValueError(f"{key} must be false when training.strategy is fsdp: {why}")
+        if self.data.sampling == "rollouts" and self.training.value_loss.use_pairwise:
+            raise ValueError(
+                "training.value_loss.use_pairwise must be false when data.sampling is rollouts: "
+                "a batch of single answers has no pairs to rank"
+            )
         bias = self.training.value_loss.lambda_return.bias_init
-        if self.model.head.type == "sigmoid" and bias is not None and not 0.0 < bias < 1.0:
+        if self.model.head.type == "sigmoid" and isinstance(bias, float) and not 0.0 < bias < 1.0:
             raise ValueError(
                 "training.value_loss.lambda_return.bias_init must be between 0 and 1 when model.head.type is sigmoid, "
                 f"got {bias}"
             )
         return self
+
+    @property
+    def best(self) -> str:
+        """The measure on validation that the best checkpoint and early stopping follow."""
+        default = "pairwise_accuracy" if self.data.sampling == "pairs" else "explained_variance"
+        return self.evaluation.best or default
+
+    @property
+    def balanced(self) -> bool:
+        """Whether the loss is the mean of those of two halves of the rollouts."""
+        balance = self.training.value_loss.balance
+        return self.data.sampling == "pairs" if balance is None else balance
 
     def to_yaml(self) -> str:
         """The resolved configuration, every key written out."""

@@ -9,115 +9,109 @@ from torch import Tensor, nn
 
 from lambda_return_ext import compute_lambda_value_loss, lambda_value_loss_varlen
 from lambda_return_ext.critic.config import ValueLossConfig
-from lambda_return_ext.critic.data.batches import Packing
+from lambda_return_ext.critic.data.batches import Batch, Packing
 
 
-def count_terms(config: ValueLossConfig, loss_mask: Tensor, packing: Packing | None = None) -> Tensor:
-    """Over how much the means of the loss are taken: tokens of right solutions, of wrong ones, and pairs.
+def count_terms(config: ValueLossConfig, batch: Batch, balanced: bool = True) -> Tensor:
+    """Over how much the means of the loss are taken: values of the upper half, of the lower one, and pairs.
 
-    Where the loss is a mean over sequences, solutions that have a token stand in place of tokens.
+    Where the loss is not balanced all values count to the first. Where it is a mean over sequences, rollouts that have
+    a value stand in place of values.
 
     Add the counts of all ranks and micro-batches of a step up, and give the sum to `value_loss`.
 
     Args:
         config: how the loss is reduced.
-        loss_mask: bool [2 N, T] or packed [total], the tokens that the loss sees.
-        packing: where packed solutions lie; None where they are padded.
+        batch: `loss_mask` says which values the loss sees.
+        balanced: the loss is the mean of those of two halves.
 
     Returns:
         [3], int64.
     """
-    right, wrong = sum_rows(loss_mask, packing).chunk(2)
-    if config.reduction == "sequence":
-        return torch.stack([(right > 0).sum(), (wrong > 0).sum(), ((right > 0) & (wrong > 0)).sum()])
-    return torch.stack([right.sum(), wrong.sum(), ((right > 0) & (wrong > 0)).sum()])
+    values = sum_rows(batch.loss_mask, batch.packing)
+    counted = (values > 0).long() if config.reduction == "sequence" else values
+    halves = [(counted * half).sum() for half in (batch.upper | (not balanced), ~batch.upper & balanced)]
+    pairs = values.new_zeros(())
+    if config.use_pairwise:
+        right, wrong = values.chunk(2)
+        pairs = ((right > 0) & (wrong > 0)).sum()
+    return torch.stack([*halves, pairs])
 
 
 def value_loss(
     config: ValueLossConfig,
     values: Tensor,
-    attention_mask: Tensor,
-    loss_mask: Tensor,
-    terminal_rewards: Tensor,
-    packing: Packing | None = None,
+    batch: Batch,
     counts: Tensor | None = None,
     lam: Tensor | None = None,
-    output_mask: Tensor | None = None,
+    balanced: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of N right and N wrong solutions, and its terms before their coefficients.
+    """The loss of a batch, and its terms before their coefficients.
 
-    A regression term is (loss of right + loss of wrong) / 2, each side the mean over its own tokens, so that
-    the longer side does not outweigh the other. With the counts of several ranks and micro-batches the results are
-    these solutions' parts of the means over all: their sum is the loss of all solutions in one batch.
+    A regression term is the mean over all values, or balanced: (loss of the upper half + loss of the lower one) / 2,
+    each the mean over its own values, so that the longer side of pairs does not outweigh the other. With the counts of
+    several ranks and micro-batches the results are these rollouts' parts of the means over all: their sum is the loss
+    of all rollouts in one batch.
 
     Args:
         config: which terms are on.
-        values: [2 N, T] or packed [total], the right solutions first, then the wrong ones in the same order.
-        attention_mask: bool, the shape of the values.
-        loss_mask: bool, the shape of the values, the tokens that the loss sees.
-        terminal_rewards: [2 N].
-        packing: where packed solutions lie; None where they are padded.
-        counts: [3], the sum of `count_terms` over all; None takes those of these solutions.
+        values: [R, T] or packed [total].
+        batch: masks, rewards and packing; on the device of the values. Where `output_mask` is there, the loss sees only
+            a window of it, and the return runs from the true end.
+        counts: [3], the sum of `count_terms` over all; None takes those of this batch.
         lam: 0-dim, lambda at this step; None takes that of the configuration.
-        output_mask: bool, the shape of the values, all output tokens, where the loss sees only a window of them; the
-            return then runs from the true end.
+        balanced: the regression is balanced.
 
     Returns:
         The scalar to minimise, and `value/lambda_loss`, `value/mc_loss`, `value/pairwise_loss` where they are on.
     """
     if lam is None or not config.use_lambda_return:
         lam = torch.tensor(config.gamma_lam[1], dtype=torch.float64, device=values.device)
-    counts = count_terms(config, loss_mask, packing) if counts is None else counts
+    counts = count_terms(config, batch, balanced) if counts is None else counts
     loss = values.new_zeros(())
     terms = {}
     if config.use_lambda_return or config.use_mc_mse:
         name, coef = ("lambda", config.lambda_return.coef) if config.use_lambda_return else ("mc", config.mc_mse_coef)
-        of_right, of_wrong = _side_losses(
-            config, values, attention_mask, loss_mask, output_mask, terminal_rewards, packing, counts, lam
-        )
-        terms[f"value/{name}_loss"] = (of_right + of_wrong) / 2
+        if balanced:
+            upper = spread_rows(batch.upper, batch)
+            sides = [
+                _regression_loss(config, values, batch, batch.loss_mask & side, counts[k], lam)
+                for k, side in enumerate((upper, ~upper))
+            ]
+            terms[f"value/{name}_loss"] = (sides[0] + sides[1]) / 2
+        else:
+            terms[f"value/{name}_loss"] = _regression_loss(config, values, batch, batch.loss_mask, counts[0], lam)
         loss = loss + coef * terms[f"value/{name}_loss"]
     if config.use_pairwise:
-        terms["value/pairwise_loss"] = _pairwise_loss(values, loss_mask, packing, counts[2])
+        terms["value/pairwise_loss"] = _pairwise_loss(values, batch.loss_mask, batch.packing, counts[2])
         loss = loss + config.pairwise_coef * terms["value/pairwise_loss"]
     return loss, {name: term.detach() for name, term in terms.items()}
 
 
-def _side_losses(
-    config: ValueLossConfig,
-    values: Tensor,
-    attention_mask: Tensor,
-    loss_mask: Tensor,
-    output_mask: Tensor | None,
-    terminal_rewards: Tensor,
-    packing: Packing | None,
-    counts: Tensor,
-    lam: Tensor,
-) -> list[Tensor]:
-    """The regression loss of right and of wrong solutions."""
-    split = len(values) // 2 if packing is None else packing.right_tokens
-    pairs = len(terminal_rewards) // 2
-    losses = []
-    for side, rewards, normalizer in (
-        (slice(None, split), terminal_rewards[:pairs], counts[0]),
-        (slice(split, None), terminal_rewards[pairs:], counts[1]),
-    ):
-        how: dict[str, Any] = {
-            "gamma": config.gamma_lam[0],
-            "lam": lam,
-            "output_mask": None if output_mask is None else output_mask[side],
-            "loss": config.error,
-            "delta": config.huber_delta,
-            "reduction": f"{config.reduction}_mean",
-            "normalizer": normalizer,
-        }
-        if packing is None:
-            masks = attention_mask[side], loss_mask[side]
-            losses.append(compute_lambda_value_loss(values[side], rewards, *masks, **how))
-        else:
-            bounds = packing.cu_seqlens[: pairs + 1] if side.start is None else packing.cu_seqlens[pairs:] - split
-            losses.append(lambda_value_loss_varlen(values[side], rewards, bounds, loss_mask[side], **how))
-    return losses
+def _regression_loss(
+    config: ValueLossConfig, values: Tensor, batch: Batch, loss_mask: Tensor, normalizer: Tensor, lam: Tensor
+) -> Tensor:
+    """The loss of the values that `loss_mask` chooses against their targets, over `normalizer`."""
+    how: dict[str, Any] = {
+        "gamma": config.gamma_lam[0],
+        "lam": lam,
+        "rewards": batch.step_rewards,
+        "output_mask": batch.output_mask,
+        "loss": config.error,
+        "delta": config.huber_delta,
+        "reduction": f"{config.reduction}_mean",
+        "normalizer": normalizer,
+    }
+    if batch.packing is None:
+        return compute_lambda_value_loss(values, batch.terminal_rewards, batch.attention_mask, loss_mask, **how)
+    return lambda_value_loss_varlen(values, batch.terminal_rewards, batch.packing.cu_seqlens, loss_mask, **how)
+
+
+def spread_rows(rows: Tensor, batch: Batch) -> Tensor:
+    """One number for each rollout, [R], brought to its places: [R, 1], or packed [total]."""
+    if batch.packing is None:
+        return rows[:, None]
+    return rows.repeat_interleave(batch.packing.cu_seqlens.diff(), output_size=len(batch.loss_mask))
 
 
 def _pairwise_loss(values: Tensor, loss_mask: Tensor, packing: Packing | None, pairs: Tensor) -> Tensor:
@@ -131,7 +125,7 @@ def _pairwise_loss(values: Tensor, loss_mask: Tensor, packing: Packing | None, p
 
 
 def sum_rows(x: Tensor, packing: Packing | None) -> Tensor:
-    """The sum over each solution, [2 N]; of a mask, in int64."""
+    """The sum over each rollout, [R]; of a mask, in int64."""
     if packing is None:
         return x.sum(1)
     exact = x.long() if x.dtype == torch.bool else x
@@ -143,13 +137,13 @@ def sum_rows(x: Tensor, packing: Packing | None) -> Tensor:
 
 
 def window_mask(loss_mask: Tensor, packing: Packing | None, where: Tensor, size: int) -> Tensor:
-    """A window of each solution's output tokens; all of them where there are no more than `size`.
+    """A window of each rollout's values; all of them where there are no more than `size`.
 
     Args:
-        loss_mask: bool [2 N, T] or packed [total], all output tokens.
-        packing: where packed solutions lie; None where they are padded.
-        where: [2 N], in [0, 1): where between its first and its last place the window lies.
-        size: number of output tokens in a window.
+        loss_mask: bool [R, T] or packed [total], all places of values.
+        packing: where packed rollouts lie; None where they are padded.
+        where: [R], in [0, 1): where between its first and its last place the window lies.
+        size: number of values in a window.
 
     Returns:
         bool, the shape of the loss mask.

@@ -207,7 +207,7 @@ def exchange_features(
     """The features of all groups on every rank.
 
     Args:
-        features: [T, H] of each solution of this rank's share of the groups, on the CPU.
+        features: [1 + T, H] of each solution of this rank's share of the groups, on the CPU.
         groups: the same on all ranks.
         ranks: this process among all.
     """
@@ -218,7 +218,7 @@ def exchange_features(
     everything: dict[Solution, Tensor] = {}
     for source in range(ranks.size):
         solutions = [solution for group in groups[source :: ranks.size] for solution in group.solutions]
-        lengths = [len(solution.output_ids) for solution in solutions]
+        lengths = [1 + len(solution.output_ids) for solution in solutions]
         rows = torch.empty(sum(lengths), width)
         if source == ranks.rank and solutions:
             rows = torch.cat([features[solution] for solution in solutions]).float()

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lambda_return_ext.critic import checkpoint
 from lambda_return_ext.critic.config import Config, TrainingConfig
 from lambda_return_ext.critic.data.batches import Collator
-from lambda_return_ext.critic.data.pairs import TokenPair
-from lambda_return_ext.critic.data.split import PairData, read_examples, select_pairs
+from lambda_return_ext.critic.data.rollouts import Solution, solutions_of
+from lambda_return_ext.critic.data.split import Item, RunData, read_rows, select_data
 from lambda_return_ext.critic.display import Display
 from lambda_return_ext.critic.errors import UserError
 from lambda_return_ext.critic.model.backbone import Backbone
@@ -29,8 +32,8 @@ class Task:
     config: Config
     ranks: Ranks
     backbone: Backbone
-    data: PairData
-    sha256: str
+    data: RunData
+    digests: Mapping[str, str]
     pad_id: int
     model: ValueModel
     steps: int
@@ -41,14 +44,40 @@ class Task:
         return self.ranks.device
 
     @property
-    def train_subset(self) -> list[TokenPair]:
-        """The training pairs that are evaluated beside validation: the same ones all along."""
-        pairs, wanted = self.data.train, self.config.evaluation.train_pairs
-        return pairs[:: math.ceil(len(pairs) / wanted)]
+    def train_subset(self) -> Sequence[Item]:
+        """The training items that are evaluated beside validation: the same ones all along."""
+        items, wanted = self.data.train, self.config.evaluation.train_pairs
+        return items[:: math.ceil(len(items) / wanted)]
 
     def summary(self) -> dict[str, Any]:
         """The data of this run, as saved with it; another summary means other data."""
-        return {"path": self.config.data.path, "sha256": self.sha256, **self.data.report()}
+        return {"path": self.config.data.path, **self.digests, **self.data.report()}
+
+    def collator(self, features: Mapping[Solution, Tensor] | None = None) -> Collator:
+        """What makes batches of this run.
+
+        Args:
+            features: [1 + T, H] from the prompt's last token on of each solution; None for batches of token ids.
+        """
+        config = self.config
+        position = config.model.value_position
+        if features is not None and position == "after":  # no value at the prompt
+            features = {solution: rows[1:] for solution, rows in features.items()}
+        return Collator(
+            self.pad_id,
+            features,
+            config.data.pad_to_multiple_of,
+            config.data.packing,
+            position,
+            None if config.data.sampling == "pairs" else midpoint(self.data.train),
+            any(rollout.step_rewards is not None for rollout in self.data.rollouts),
+        )
+
+
+def midpoint(items: Sequence[Item]) -> float:
+    """The middle of the range of the rewards of some items: where the upper half begins."""
+    totals = [rollout.total for item in items for rollout in item.rollouts]
+    return (min(totals) + max(totals)) / 2
 
 
 def prepare(config: Config, ranks: Ranks | None = None) -> Task:
@@ -73,9 +102,9 @@ def prepare(config: Config, ranks: Ranks | None = None) -> Task:
     if config.training.compile and ranks.size > 1:
         raise UserError(f"training.compile must be false under torchrun, got true with {ranks.size} processes")
     backbone = Backbone(config.model)
-    examples, sha256 = read_examples(config.data)
+    rows = read_rows(config.data)
     tokenizer = backbone.tokenizer()
-    data = select_pairs(examples, tokenizer, config.data)
+    data = select_data(rows, tokenizer, config.data)
     steps = total_steps(config.training, len(data.train))
     warmup_steps = config.training.value_loss.warmup_steps
     if warmup_steps >= steps:
@@ -89,23 +118,41 @@ def prepare(config: Config, ranks: Ranks | None = None) -> Task:
             f"got {config.training.lr_warmup_steps}"
         )
     torch.manual_seed(config.seed)
-    model = build_model(backbone, config.data.max_length, config.training.value_loss.lambda_return.bias_init)
+    model = build_model(backbone, config.data.max_length, first_prediction(config, data))
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     check_fit(model, config, data, pad_id)
     if not to_be_sharded:  # else each rank puts only its shard on its device
         model.to(ranks.device)
         model.autocast_dtype = torch.bfloat16 if config.training.precision == "bfloat16" else None
-    return Task(config, ranks, backbone, data, sha256, pad_id, model, steps)
+    return Task(config, ranks, backbone, data, rows.digests, pad_id, model, steps)
 
 
-def check_fit(model: ValueModel, config: Config, data: PairData, pad_id: int) -> None:
+def first_prediction(config: Config, data: RunData) -> float | None:
+    """What the critic says at every token before it has learned: a number, or the mean reward of the training rollouts.
+
+    Raises:
+        UserError: a sigmoid cannot say that mean.
+    """
+    bias = config.training.value_loss.lambda_return.bias_init
+    if bias != "mean":
+        return bias
+    mean = fmean(rollout.total for item in data.train for rollout in item.rollouts)
+    if config.model.head.type == "sigmoid" and not 0.0 < mean < 1.0:
+        raise UserError(
+            "training.value_loss.lambda_return.bias_init must be a number when model.head.type is sigmoid and the mean "
+            f"reward of the training data is not between 0 and 1, got 'mean' for a mean of {mean:g}"
+        )
+    return mean
+
+
+def check_fit(model: ValueModel, config: Config, data: RunData, pad_id: int) -> None:
     """Refuse a backbone without a row in its embedding for a token of the data, or for a position of a padded batch.
 
     Raises:
         UserError: it lacks one.
     """
     backbone, multiple = model.backbone.config, config.data.pad_to_multiple_of
-    solutions = (side for pair in data.train + data.validation for side in (pair.right, pair.wrong))
+    solutions = [rollout.solution for rollout in data.rollouts]
     largest = max(pad_id, *(max(solution.prompt_ids + solution.output_ids) for solution in solutions))
     rows, positions = (getattr(backbone, key, None) for key in ("vocab_size", "max_position_embeddings"))
     if rows is not None and largest >= rows:
@@ -120,22 +167,21 @@ def check_fit(model: ValueModel, config: Config, data: PairData, pad_id: int) ->
         )
 
 
-def total_steps(config: TrainingConfig, pairs: int) -> int:
+def total_steps(config: TrainingConfig, items: int) -> int:
     """Steps of a run: all epochs, but at most `max_steps`."""
-    steps = config.epochs * math.ceil(pairs / config.batch_size)
+    steps = config.epochs * math.ceil(items / config.batch_size)
     return min(steps, config.max_steps or steps)
 
 
-def build_collator(task: Task, pairs: list[TokenPair], display: Display) -> Collator:
-    """The collator of a run; where features are cached, computes those of `pairs` once."""
-    features = None
-    if task.config.model.cache_features:
-        groups = group_by_prompt(pairs)
-        own = task.ranks.share(groups)
-        with display.phase("features", "tokens", sum(group.tokens for group in own)) as advance, task.model.autocast():
-            features = compute_features(task.model.backbone, own, advance)
-        features = exchange_features(features, groups, task.ranks)
-    return Collator(task.pad_id, features, task.config.data.pad_to_multiple_of, task.config.data.packing)
+def build_collator(task: Task, items: Sequence[Item], display: Display) -> Collator:
+    """The collator of a run; where features are cached, computes those of `items` once."""
+    if not task.config.model.cache_features:
+        return task.collator()
+    groups = group_by_prompt(solutions_of(items))
+    own = task.ranks.share(groups)
+    with display.phase("features", "tokens", sum(group.tokens for group in own)) as advance, task.model.autocast():
+        features = compute_features(task.model.backbone, own, advance)
+    return task.collator(exchange_features(features, groups, task.ranks))
 
 
 def load_run(run: str) -> tuple[Task, dict[str, Any]]:

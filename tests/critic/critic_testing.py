@@ -11,6 +11,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lambda_return_ext.critic.data.batches import Batch
+from lambda_return_ext.critic.data.pairs import TokenPair
+from lambda_return_ext.critic.data.rollouts import Rollout
+
 WORDS = [f"w{i}" for i in range(40)]
 VOCABULARY = {word: i for i, word in enumerate(["<pad>", "<end>", "<unk>", "fine", "broken", *WORDS])}
 
@@ -45,6 +49,18 @@ def make_records(problems=24, pairs=3, seed=0):
             }
             records.append({"problem_id": f"p{problem}", "prompt": prompt, **sides, "made_by": "test"})
     return records
+
+
+def pair_of(problem, right, wrong):
+    """A pair of two solutions, of which the first is right."""
+    return TokenPair(problem, Rollout(problem, right, 1.0), Rollout(problem, wrong, 0.0))
+
+
+def batch_of(attention_mask, loss_mask, rewards, packing=None, output_mask=None):
+    """A batch of pairs without inputs, for what reads masks and rewards only."""
+    upper = torch.arange(len(rewards)) < len(rewards) // 2
+    tokens = int(attention_mask.sum())
+    return Batch(attention_mask.long(), attention_mask, loss_mask, rewards, upper, tokens, None, packing, output_mask)
 
 
 def tiny_config(run_dir, data, backbone):

@@ -46,12 +46,12 @@ def step(task, module, pairs, micro_batch_size):
     """Loss and gradients of one batch, as the training loop computes them."""
     ranks, model = task.ranks, task.model
     collate = build_collator(task, [], Display(quiet=True))
-    places = [(pair, 0.3 + 0.01 * i, 0.9 - 0.02 * i) for i, pair in enumerate(pairs)]
+    places = [(pair, (0.3 + 0.01 * i, 0.9 - 0.02 * i)) for i, pair in enumerate(pairs)]
     parts = ranks.micro_batches(places, micro_batch_size)
-    loss, window = task.config.training.value_loss, task.config.training.value_loss.output_window
+    window = task.config.training.value_loss.output_window
     batches = [training_batch(collate, part, places[0], False, window) for part in parts]
-    *counts, tokens, _ = ranks.sum(tally(loss, batches, StopRequest())).tolist()
-    forward_loss = build_forward_loss(module, task.config.training)
+    *counts, tokens, _ = ranks.sum(tally(task.config, batches, StopRequest())).tolist()
+    forward_loss = build_forward_loss(module, task.config)
     model.train()
     model.zero_grad(set_to_none=True)
     total = torch.zeros(())

@@ -32,6 +32,7 @@ def test_absent_loss_keys_mean_the_documented_defaults(tmp_path):
         },
         "error": "mse",
         "huber_delta": 1.0,
+        "balance": None,
         "reduction": "token",
         "output_window": None,
     }

@@ -23,7 +23,8 @@ from experiments.sampling import Rows, sample
 from experiments.settings import load_settings
 from lambda_return_ext.critic.config import Config
 from lambda_return_ext.critic.data.batches import Collator
-from lambda_return_ext.critic.data.split import read_examples, select_pairs
+from lambda_return_ext.critic.data.rollouts import Rollout, solutions_of
+from lambda_return_ext.critic.data.split import read_rows, select_data
 from lambda_return_ext.critic.model.backbone import Backbone
 from lambda_return_ext.critic.model.features import compute_features, group_by_prompt
 from lambda_return_ext.critic.training import trainer
@@ -143,9 +144,11 @@ def test_a_contest_takes_the_steps_of_the_trainer(tiny, loss):
         }
     )
     theirs = trainer.train(config)["checkpoints"]["last"]["metrics"]
-    data = select_pairs(read_examples(config.data)[0], Backbone(str(tiny)).tokenizer(), config.data)
+    data = select_data(read_rows(config.data), Backbone(str(tiny)).tokenizer(), config.data)
     backbone = Backbone(str(tiny)).base_model(None, 32).eval()
-    features = compute_features(backbone, group_by_prompt(data.train + data.validation), lambda _: None)
+    features = compute_features(
+        backbone, group_by_prompt(solutions_of([*data.train, *data.validation])), lambda _: None
+    )
     trace, elsewhere = train_contest(config, build(config, 32), data, Collator(0, features), [7])
     ours = trace[-1]
     assert elsewhere == ([0.0, 0.0] if loss == "use_lambda_return" else [])
@@ -238,7 +241,7 @@ def test_the_trained_block_begins_as_the_backbones_own_and_moves(prepared):
     # Prompts and solutions of other lengths: what is padded must not be seen.
     short = solutions[0]._replace(output_ids=solutions[0].output_ids[:-5])
     known = {**{one: inputs[one] for one in solutions}, short: inputs[solutions[0]][:-5]}
-    batch = Collator(0, known).collate([*solutions, short], torch.zeros(7))
+    batch = Collator(0, known).pad([Rollout("p", one, 0.0) for one in [*solutions, short]])
     found, valid = block.features(batch.inputs[..., :-1], batch.inputs[..., -1] > 0)
     for row, valid_row, one in zip(found, valid, [*solutions, short], strict=True):
         expected = features[solutions[0] if one is short else one][: len(one.output_ids)]

@@ -1,4 +1,4 @@
-"""Pairs of a right and a wrong solution of one problem: which there are, and which are taken."""
+"""Pairs of rollouts of one problem with different rewards: which there are, and which are taken."""
 
 from __future__ import annotations
 
@@ -10,21 +10,26 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from lambda_return_ext.critic.config import DataConfig
-from lambda_return_ext.critic.data.rollouts import Solution, fits
+from lambda_return_ext.critic.data.rollouts import Rollout, Solution, fits
 from lambda_return_ext.critic.data.rows import Example
 
 
 class TokenPair(NamedTuple):
-    """A right and a wrong solution of the same problem."""
+    """Two rollouts of the same problem: the right one has the higher reward."""
 
     problem: str
-    right: Solution
-    wrong: Solution
+    right: Rollout
+    wrong: Rollout
 
     @property
     def length(self) -> int:
         """Tokens of the longer side, by which batches are put together whether or not features are cached."""
         return max(self.right.length, self.wrong.length)
+
+    @property
+    def rollouts(self) -> tuple[Rollout, ...]:
+        """The right one, then the wrong one."""
+        return self.right, self.wrong
 
 
 @dataclass
@@ -33,21 +38,38 @@ class Problem:
 
     Attributes:
         pairs: pairs that the data gives as such.
-        right: right solutions that may be paired with any wrong one.
-        wrong: wrong solutions that may be paired with any right one.
+        rollouts: those that may be paired with any other.
     """
 
     pairs: list[TokenPair] = field(default_factory=list)
-    right: list[Solution] = field(default_factory=list)
-    wrong: list[Solution] = field(default_factory=list)
+    rollouts: list[Rollout] = field(default_factory=list)
+
+    @property
+    def everything(self) -> list[Rollout]:
+        """All rollouts, those of pairs first."""
+        return [*itertools.chain.from_iterable(pair.rollouts for pair in self.pairs), *self.rollouts]
 
 
-def group_by_problem(examples: Sequence[Example], solutions: Sequence[Sequence[Solution]]) -> dict[str, Problem]:
+def group_by_problem(examples: Sequence[Example], rollouts: Sequence[Sequence[Rollout]]) -> dict[str, Problem]:
     """Bring together examples that share a problem id, a task or a prompt, directly or through others.
 
     The same task text under two ids is one problem: on both sides of a split it would leak. Of the ids of one
     problem the first in alphabetical order names it, whatever the order of lines.
     """
+    problems: dict[str, Problem] = {}
+    names = problem_names(examples, rollouts)
+    for name, example, answers in zip(names, examples, rollouts, strict=True):
+        problem = problems.setdefault(name, Problem())
+        named = [rollout._replace(problem=name) for rollout in answers]
+        if example.paired:
+            problem.pairs.append(TokenPair(name, *named))
+        else:
+            problem.rollouts += named
+    return problems
+
+
+def problem_names(examples: Sequence[Example], rollouts: Sequence[Sequence[Rollout]]) -> list[str]:
+    """The problem of each example, as `group_by_problem` says."""
     leader: dict[object, object] = {}
 
     def find(node: object) -> object:
@@ -55,30 +77,22 @@ def group_by_problem(examples: Sequence[Example], solutions: Sequence[Sequence[S
             node = leader[node]
         return node
 
-    for example, answers in zip(examples, solutions, strict=True):
-        for node in (("task", example.task), *(answer.prompt_ids for answer in answers)):
+    for example, answers in zip(examples, rollouts, strict=True):
+        for node in (("task", example.task), *(rollout.solution.prompt_ids for rollout in answers)):
             leader[find(node)] = find(example.problem)
     names: dict[object, str] = {}
     for example in examples:
         root = find(example.problem)
         names[root] = min(names.get(root, example.problem), example.problem)
-    problems: dict[str, Problem] = {}
-    for example, answers in zip(examples, solutions, strict=True):
-        name = names[find(example.problem)]
-        problem = problems.setdefault(name, Problem())
-        if example.paired:
-            problem.pairs.append(TokenPair(name, *answers))
-        else:
-            for answer, solution in zip(example.answers, answers, strict=True):
-                (problem.right if answer.reward else problem.wrong).append(solution)
-    return problems
+    return [names[find(example.problem)] for example in examples]
 
 
 def sample_pairs(name: str, problem: Problem, config: DataConfig, dropped: Counter[str]) -> tuple[list[TokenPair], int]:
     """At most `pairs_per_problem` pairs of a problem, the same ones wherever it lands.
 
-    Given pairs come first. Free solutions are paired so that each is used as often as any other; where
-    `length_bin` is set, both sides of a pair have their number of output tokens in the same bin of that width.
+    Given pairs come first. Free rollouts with different rewards are paired so that each of one reward is used as often
+    as any other of it; where `length_bin` is set, both sides of a pair have their number of output tokens in the same
+    bin of that width.
 
     Args:
         name: the problem.
@@ -90,11 +104,11 @@ def sample_pairs(name: str, problem: Problem, config: DataConfig, dropped: Count
         The pairs, and the number of those that could have been taken.
     """
 
-    def length_bin(solution: Solution) -> int:
-        return 0 if config.length_bin is None else solution.outputs // config.length_bin
+    def length_bin(rollout: Rollout) -> int:
+        return 0 if config.length_bin is None else rollout.outputs // config.length_bin
 
-    def prompt_fits(solution: Solution) -> bool:
-        return config.overlong != "drop" or len(solution.prompt_ids) < config.max_length
+    def prompt_fits(rollout: Rollout) -> bool:
+        return config.overlong != "drop" or len(rollout.solution.prompt_ids) < config.max_length
 
     def drop(reason: str, number: int = 1) -> None:
         if number:
@@ -102,13 +116,13 @@ def sample_pairs(name: str, problem: Problem, config: DataConfig, dropped: Count
 
     given = []
     for pair in dict.fromkeys(problem.pairs):
-        if pair.right == pair.wrong:
+        if pair.right.solution == pair.wrong.solution:
             drop("pairs whose two sides are the same")
         elif not (pair.right.outputs and pair.wrong.outputs):
             drop("pairs with a solution that has no output token")
         elif not (prompt_fits(pair.right) and prompt_fits(pair.wrong)):
             drop("pairs whose prompt alone fills data.max_length")
-        elif not (fits(pair.right, config) and fits(pair.wrong, config)):
+        elif not (fits(pair.right.solution, config) and fits(pair.wrong.solution, config)):
             drop("pairs with a solution that does not fit into data.max_length")
         elif length_bin(pair.right) != length_bin(pair.wrong):
             drop("pairs whose two sides are in different bins of data.length_bin")
@@ -116,35 +130,41 @@ def sample_pairs(name: str, problem: Problem, config: DataConfig, dropped: Count
             given.append(pair)
     drop("repeated pairs", len(problem.pairs) - len(set(problem.pairs)))
 
-    both = set(problem.right) & set(problem.wrong)
-    free: list[dict[int, list[Solution]]] = []
-    for side in (problem.right, problem.wrong):
-        bins: dict[int, list[Solution]] = {}
-        for solution in sorted(set(side) - both, key=lambda solution: stable_hash(config.split_seed, solution)):
-            if not solution.outputs:
-                drop("solutions that have no output token")
-            elif not prompt_fits(solution):
-                drop("solutions whose prompt alone fills data.max_length")
-            elif not fits(solution, config):
-                drop("solutions that do not fit into data.max_length")
-            else:
-                bins.setdefault(length_bin(solution), []).append(solution)
-        drop("repeated solutions", len(side) - len(set(side)))
-        free.append(bins)
-    drop("solutions that are labelled both right and wrong", len(both))
-    shared = sorted(free[0].keys() & free[1].keys(), key=lambda key: stable_hash(config.split_seed, key))
+    # By length bin and reward, the highest first.
+    free: dict[int, dict[float, list[Rollout]]] = {}
+    by_solution: dict[Solution, dict[float, Rollout]] = {}
+    for rollout in problem.rollouts:
+        by_solution.setdefault(rollout.solution, {}).setdefault(rollout.total, rollout)
+    several = {solution for solution, rewards in by_solution.items() if len(rewards) > 1}
+    drop("solutions that have more than one reward", len(several))
+    drop("repeated solutions", len(problem.rollouts) - sum(map(len, by_solution.values())))
+    distinct = [rollout for solution, by in by_solution.items() if solution not in several for rollout in by.values()]
+    distinct.sort(key=lambda rollout: (-rollout.total, stable_hash(config.split_seed, rollout.solution)))
+    for rollout in distinct:
+        if not rollout.outputs:
+            drop("solutions that have no output token")
+        elif not prompt_fits(rollout):
+            drop("solutions whose prompt alone fills data.max_length")
+        elif not fits(rollout.solution, config):
+            drop("solutions that do not fit into data.max_length")
+        else:
+            free.setdefault(length_bin(rollout), {}).setdefault(rollout.total, []).append(rollout)
+    shared = sorted((key for key, by in free.items() if len(by) > 1), key=lambda k: stable_hash(config.split_seed, k))
     if config.length_bin is not None:
-        alone = sum(len(bins[key]) for bins in free for key in bins if key not in shared)
-        drop("solutions without a partner of the other label in their bin of data.length_bin", alone)
+        alone = sum(len(side) for by in free.values() if len(by) == 1 for side in by.values())
+        drop("solutions without a partner of another reward in their bin of data.length_bin", alone)
 
-    made = (TokenPair(name, *sides) for sides in _alternate([_evenly(free[0][key], free[1][key]) for key in shared]))
-    given.sort(key=lambda pair: stable_hash(config.split_seed, tuple(pair)))
+    sides = [both for key in shared for both in itertools.combinations(free[key].values(), 2)]
+    if any(len(free[key]) > 2 for key in shared):
+        sides.sort(key=lambda both: stable_hash(config.split_seed, tuple(side[0].solution for side in both)))
+    made = (TokenPair(name, *both) for both in _alternate([_evenly(*both) for both in sides]))
+    given.sort(key=lambda pair: stable_hash(config.split_seed, (name, pair.right.solution, pair.wrong.solution)))
     pairs = list(itertools.islice(itertools.chain(given, made), config.pairs_per_problem))
-    return pairs, len(given) + sum(len(free[0][key]) * len(free[1][key]) for key in shared)
+    return pairs, len(given) + sum(len(right) * len(wrong) for right, wrong in sides)
 
 
-def _evenly(right: Sequence[Solution], wrong: Sequence[Solution]) -> Iterator[tuple[Solution, Solution]]:
-    """All combinations; after any number of them no solution of a side was used two times more than another."""
+def _evenly(right: Sequence[Rollout], wrong: Sequence[Rollout]) -> Iterator[tuple[Rollout, Rollout]]:
+    """All combinations; after any number of them no rollout of a side was used two times more than another."""
     longer, shorter = (right, wrong) if len(right) >= len(wrong) else (wrong, right)
     for shift in range(len(shorter)):
         for i, one in enumerate(longer):
@@ -157,6 +177,19 @@ def _alternate(parts: Sequence[Iterator[Any]]) -> Iterator[Any]:
     missing = object()
     for row in itertools.zip_longest(*parts, fillvalue=missing):
         yield from (item for item in row if item is not missing)
+
+
+def all_pairs(rollouts: Sequence[Rollout]) -> list[TokenPair]:
+    """All pairs of rollouts of the same problem with different rewards, the higher one right."""
+    by_problem: dict[str, list[Rollout]] = {}
+    for rollout in rollouts:
+        by_problem.setdefault(rollout.problem, []).append(rollout)
+    return [
+        TokenPair(name, *sorted(both, key=lambda rollout: -rollout.total))
+        for name, group in by_problem.items()
+        for both in itertools.combinations(group, 2)
+        if both[0].total != both[1].total
+    ]
 
 
 def stable_hash(seed: int, item: object) -> bytes:

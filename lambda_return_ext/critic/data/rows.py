@@ -1,38 +1,30 @@
-"""What a row of data says: a prompt and its right and wrong answers, as text or as chat messages.
+"""What a row of data says: a prompt and its answers with their rewards, as text, as chat messages or as token ids.
 
-The shapes are those that preference and reward data come in: `prompt, chosen, rejected`; `prompt, completion,
-label`; `messages, label`; and `prompt, correct, incorrect` with lists. docs/critic.md shows each.
+`shapes` has the shapes that rows come in; docs/critic.md shows each.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from lambda_return_ext.critic.data.content import (
+    Message,
+    TokenIds,
+    check_unicode,
+    read_content,
+    read_ids,
+    turns_of,
+)
+from lambda_return_ext.critic.data.responses import chat_tools
+from lambda_return_ext.critic.data.shapes import PAIRED, SHAPES, Answer, shape_of
 from lambda_return_ext.critic.data.sources import Row
 from lambda_return_ext.critic.errors import UserError
 
-Message = Mapping[str, Any]
-Content = str | list[Message]
-SHAPES = "prompt, chosen and rejected; prompt, completion and label; messages and label; prompt, correct and incorrect"
-USED = ("prompt", "chosen", "rejected", "completion", "messages", "correct", "incorrect", "tools", "problem_id")
-LABELS = {1: 1.0, 0: 0.0, "true": 1.0, "false": 0.0, "1": 1.0, "0": 0.0}  # True and 1.0 are 1
-
-
-class Answer(NamedTuple):
-    """One answer of a row.
-
-    Attributes:
-        name: where the row has it, such as `chosen` or `correct[2]`.
-        content: text that follows the prompt, or messages that do.
-        reward: 1 for right, 0 for wrong, None where the row does not say.
-    """
-
-    name: str
-    content: Content
-    reward: float | None
+Prompt = str | list[Message] | TokenIds
+IMPLIED = frozenset(shape.name for shape in SHAPES if shape.implied)
 
 
 class Example(NamedTuple):
@@ -42,19 +34,21 @@ class Example(NamedTuple):
         where: file and line.
         problem: the problem's id; where the row has none, one made from `task`.
         task: digest of all that stands before the first answer of the model: equal tasks are one problem.
-        prompt: text, or messages.
+        prompt: text, messages or token ids.
         answers: the answers.
         paired: the first answer is right and the second wrong, and they belong together.
         tools: what the chat template is told of tools.
+        shape: the keys that the row is read by, such as `prompt, completion, reward`.
     """
 
     where: str
     problem: str
     task: str
-    prompt: Content
+    prompt: Prompt
     answers: list[Answer]
     paired: bool
     tools: list[Any] | None
+    shape: str = ""
 
 
 def parse_example(row: Row, unlabelled: bool = False) -> Example:
@@ -62,109 +56,77 @@ def parse_example(row: Row, unlabelled: bool = False) -> Example:
 
     Args:
         row: the row.
-        unlabelled: a `completion` or `messages` may stand without a `label`.
+        unlabelled: the answers may stand without a reward.
 
     Raises:
         UserError: names file, line and key, what it must be and what it got.
     """
-    values = {key: value for key, value in row.values.items() if value is not None}
-    for key in USED:
-        _check_text(values.get(key), row.where, key)
-    prompt = None if "prompt" not in values else _content(values["prompt"], row.where, "'prompt'")
-    answers = _answers(values, row.where, unlabelled)
+    row = row._replace(values={key: value for key, value in row.values.items() if value is not None})
+    values, where = row.values, row.where
+    shape = shape_of(row, unlabelled)
+    for key in ("problem_id", "tools", shape.prompt, *shape.keys):
+        if not key.endswith("_ids"):  # numbers, and many
+            check_unicode(values.get(key), where, key)
+    prompt: Prompt | None = None
+    if shape.prompt == "prompt_ids":
+        prompt = read_ids(row, "prompt_ids")
+    elif shape.prompt in values:
+        prompt = read_content(values[shape.prompt], where, repr(shape.prompt))
+    answers = shape.read(row)
     for answer in answers:
-        if not isinstance(answer.content, str) and not any(m["role"] == "assistant" for m in answer.content):
-            raise UserError(f"{row.where}: {answer.name!r} must have a message of the assistant, got none")
-    prompt, answers = _prompt_apart(prompt, answers, values, row.where)
+        if isinstance(answer.content, list) and not turns_of(answer.content):
+            raise UserError(f"{where}: {answer.name!r} must have a message of the assistant, got none")
+    if not isinstance(prompt, tuple):
+        prompt, answers = _prompt_apart(prompt, answers, values, where)
+    for answer in answers:
+        turns = turns_of(answer.content)
+        if answer.turn_rewards is not None and len(answer.turn_rewards) != turns:
+            raise UserError(
+                f"{where}: 'turn_rewards' must have one number for each message of the assistant in {answer.name!r}, "
+                f"got {len(answer.turn_rewards)} for {turns}"
+            )
     tools = values.get("tools")
     if tools is not None and not isinstance(tools, list):
-        raise UserError(f"{row.where}: 'tools' must be a list, got {type(tools).__name__}")
+        raise UserError(f"{where}: 'tools' must be a list, got {type(tools).__name__}")
     task = _task(prompt, answers)
     problem = values.get("problem_id", f"task-{task[:12]}")
     if isinstance(problem, int) and not isinstance(problem, bool):
         problem = str(problem)
     if not isinstance(problem, str):
-        raise UserError(f"{row.where}: 'problem_id' must be a string or an integer, got {type(problem).__name__}")
+        raise UserError(f"{where}: 'problem_id' must be a string or an integer, got {type(problem).__name__}")
     if not problem.strip():
-        raise UserError(f"{row.where}: 'problem_id' must not be empty, got {problem!r}")
-    return Example(row.where, problem, task, prompt, answers, "chosen" in values or "rejected" in values, tools)
+        raise UserError(f"{where}: 'problem_id' must not be empty, got {problem!r}")
+    return Example(
+        where, problem, task, prompt, answers, shape is PAIRED, None if tools is None else chat_tools(tools), shape.name
+    )
 
 
-def _answers(values: Mapping[str, Any], where: str, unlabelled: bool) -> list[Answer]:
-    for keys in (("chosen", "rejected"), ("correct", "incorrect")):
-        if keys[0] in values or keys[1] in values:
-            break
-    else:
-        keys = ("completion", "label") if "completion" in values else ("messages", "label")
-        if keys[0] not in values:
-            raise UserError(f"{where}: a row must have the keys {SHAPES}; got the keys {sorted(values)}")
-    for key in keys:
-        if key not in values and not (key == "label" and unlabelled):
-            raise UserError(f"{where}: the key {key!r} must be there, got the keys {sorted(values)}")
-    first, second = keys
-    if second == "rejected":
-        rewards = {"chosen": 1.0, "rejected": 0.0}
-        return [Answer(key, _content(values[key], where, repr(key)), reward) for key, reward in rewards.items()]
-    if second == "label":
-        return [Answer(first, _content(values[first], where, repr(first)), _label(values.get("label"), where))]
-    answers = []
-    for key, reward in (("correct", 1.0), ("incorrect", 0.0)):
-        if not isinstance(values[key], list):
-            raise UserError(f"{where}: {key!r} must be a list of answers, got {type(values[key]).__name__}")
-        for index, item in enumerate(values[key]):
-            name = f"{key}[{index}]"
-            answers.append(Answer(name, _content(item, where, repr(name)), reward))
-    if not answers:
-        raise UserError(f"{where}: 'correct' and 'incorrect' must hold at least one answer, got none")
-    return answers
+def check_together(examples: Iterable[Example]) -> None:
+    """Refuse rewards on two scales: rows whose reward is 1 or 0 by their shape, beside rows that give any number.
 
-
-def _check_text(value: Any, where: str, key: str) -> None:
-    """Refuse half of a character, which JSON can write and no tokenizer reads."""
-    try:
-        json.dumps(value, ensure_ascii=False, default=str).encode()
-    except (UnicodeEncodeError, RecursionError) as error:
-        raise UserError(f"{where}: {key!r} must be Unicode text, alone or in a list, got {error}") from error
-
-
-def _label(label: Any, where: str) -> float | None:
-    if label is None:
-        return None
-    key = label.lower() if isinstance(label, str) else label
-    try:
-        return LABELS[key]
-    except (KeyError, TypeError):
-        raise UserError(f"{where}: 'label' must be true or false, 1 or 0, got {label!r}") from None
-
-
-def _content(value: Any, where: str, name: str) -> Content:
-    """Text that is not blank, or chat messages."""
-    if isinstance(value, str):
-        if not value.strip():
-            raise UserError(f"{where}: {name} must not be empty, got {value!r}")
-        return value
-    if not isinstance(value, list):
-        raise UserError(f"{where}: {name} must be a string or a list of chat messages, got {type(value).__name__}")
-    if not value:
-        raise UserError(f"{where}: {name} must not be empty, got []")
-    for number, message in enumerate(value):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+    Raises:
+        UserError: names a line of either kind.
+    """
+    implied: Example | None = None
+    outside: tuple[Example, float] | None = None
+    for example in examples:
+        if example.shape in IMPLIED:
+            implied = implied or example
+        elif outside is None:
+            far = (answer.reward for answer in example.answers if answer.reward is not None)
+            outside = next(((example, reward) for reward in far if not 0.0 <= reward <= 1.0), None)
+        if implied and outside:
             raise UserError(
-                f"{where}: {name}, message {number}, must be an object with a 'role', got {str(message)[:60]!r}"
+                f"{outside[0].where}: a reward must be between 0 and 1 where other rows have 1 for right and 0 for "
+                f"wrong, as {implied.where} has by its keys {implied.shape}, got {outside[1]:g}"
             )
-        content = message.get("content")
-        if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
-            raise UserError(
-                f"{where}: {name}, message {number}, must have a string as 'content', got {type(content).__name__}"
-            )
-    return value
 
 
 def _prompt_apart(
-    prompt: Content | None, answers: list[Answer], values: Mapping[str, Any], where: str
-) -> tuple[Content, list[Answer]]:
+    prompt: str | list[Message] | None, answers: list[Answer], values: Mapping[str, Any], where: str
+) -> tuple[str | list[Message], list[Answer]]:
     """Bring prompt and answers to one kind: all text, or all messages with the prompt's apart."""
-    chats = [answer.content for answer in answers if not isinstance(answer.content, str)]
+    chats = [answer.content for answer in answers if isinstance(answer.content, list)]
     whole = [chat for chat in chats if prompt is None or (isinstance(prompt, str) and chat[0]["role"] != "assistant")]
     if whole:
         # The answers are whole conversations. What they share at their beginning is the prompt.
@@ -205,11 +167,13 @@ def _shared_beginning(chats: Sequence[list[Message]], stop_at_assistant: bool) -
     return length
 
 
-def _task(prompt: Content, answers: Sequence[Answer]) -> str:
-    if not isinstance(prompt, str):
+def _task(prompt: Prompt, answers: Sequence[Answer]) -> str:
+    if isinstance(prompt, tuple):
+        prompt = json.dumps(prompt)
+    elif not isinstance(prompt, str):
         leading: list[Message] = []
         first = answers[0].content
-        for message in [*prompt, *(first if not isinstance(first, str) else [])]:
+        for message in [*prompt, *(first if isinstance(first, list) else [])]:
             if message["role"] == "assistant":
                 break
             leading.append(message)

@@ -52,7 +52,7 @@ def likelihood_baseline(
         for solution, rows in zip(group.solutions, log_likelihoods(language_model, group), strict=True):
             scores[solution] = rows.mean().item()
         advance(group.tokens)
-    return sum(scores[pair.right] > scores[pair.wrong] for pair in validation) / len(validation)
+    return sum(scores[pair.right.solution] > scores[pair.wrong.solution] for pair in validation) / len(validation)
 
 
 def log_likelihoods(language_model: Any, group: PromptGroup) -> list[Tensor]:

@@ -10,172 +10,235 @@ import torch
 from torch import Tensor, nn
 
 from lambda_return_ext import create_eos_only_mask
-from lambda_return_ext.critic.config import ValueLossConfig
-from lambda_return_ext.critic.data.batches import Batch, Collator
-from lambda_return_ext.critic.data.pairs import TokenPair
+from lambda_return_ext.critic.config import Config, ValueLossConfig
+from lambda_return_ext.critic.data.batches import Batch, Collator, value_places
+from lambda_return_ext.critic.data.split import Item
 from lambda_return_ext.critic.evaluation.credit import assign_credit
 from lambda_return_ext.critic.losses import value_loss
 from lambda_return_ext.critic.ranks import ALONE, Ranks
 
 RELIABILITY_BINS = 10
 LENGTH_BINS = 4
+SIDES = ("right", "wrong")
 # Numbers, and lists of them for what is a curve.
 Metrics = dict[str, Any]
 
 
 @torch.no_grad()
-def evaluate_pairs(
+def evaluate_items(
     model: nn.Module,
-    loss: ValueLossConfig,
-    pairs: Sequence[TokenPair],
+    config: Config,
+    items: Sequence[Item],
     collate: Collator,
-    batch_size: int,
     ranks: Ranks = ALONE,
     between_batches: Callable[[], None] = lambda: None,
 ) -> Metrics:
-    """Measure the model on pairs; every pair counts once and a tie counts as wrong.
+    """Measure the model on pairs or rollouts; every one counts once and a tie counts as wrong.
 
-    The ranks share the batches and put the records of all pairs together, in the order that one rank would have.
+    The ranks share the batches and put the records of all items together, in the order that one rank would have.
 
     Args:
         model: gives the values.
-        loss: the training loss.
-        pairs: what to measure on.
+        config: of the run.
+        items: what to measure on.
         collate: makes a batch.
-        batch_size: pairs in one; changes no metric but for rounding.
         ranks: this process among all.
         between_batches: called on every rank alike; may raise to break off.
 
     Returns:
-        What `summarise` makes of the pairs.
+        What `summarise_pairs` or `summarise_rollouts` makes of them.
 
     Raises:
         FloatingPointError: a value is infinite or NaN.
     """
     model.eval()
     device = next(model.parameters()).device
-    by_length = sorted(pairs, key=lambda pair: pair.length)
-    starts = range(0, len(by_length), batch_size)
+    size, loss, balanced = config.evaluation.batch_size, config.training.value_loss, config.balanced
+    by_length = sorted(items, key=lambda item: item.length)
+    starts = range(0, len(by_length), size)
+    sides = len(by_length[0].rollouts)
     columns: dict[str, Tensor] = {}
-    counts = count_pairs(loss, pairs).to(device)
+    counts = count_items(loss, items, collate, balanced).to(device)
     for turn in range(math.ceil(len(starts) / ranks.size)):
         between_batches()
         own = turn * ranks.size + ranks.rank
         start = starts[min(own, len(starts) - 1)]  # a sharded model needs every rank in each forward
-        batch = collate.pad(by_length[start : start + batch_size]).to(device)
-        for name, column in measure_batch(model(batch.inputs, batch.attention_mask), batch, loss, counts).items():
-            whole = columns.setdefault(name, torch.zeros(len(pairs), dtype=torch.float64))
+        batch = collate.pad(by_length[start : start + size]).to(device)
+        values = model(batch.inputs, batch.attention_mask)
+        for name, column in measure_batch(values, batch, loss, counts, balanced).items():
+            whole = columns.setdefault(name, torch.zeros(sides, len(items), dtype=torch.float64))
             if own < len(starts):
-                whole[start : start + batch_size] = column
+                whole[:, start : start + size] = column.view(sides, -1)
     table = ranks.sum(torch.stack([*columns.values()]))
     records = dict(zip(columns, table, strict=True))
-    finite = (records["mean_right"] + records["mean_wrong"]).isfinite()
+    finite = records["mean"].sum(0).isfinite()
     if not finite.all():
         problem = by_length[int(finite.int().argmin())].problem
+        kind = "pairs" if sides == 2 else "rollouts"
         raise FloatingPointError(
-            f"values must be finite, got others for {int((~finite).sum())} of {len(pairs)} pairs that were measured, "
+            f"values must be finite, got others for {int((~finite).sum())} of {len(items)} {kind} that were measured, "
             f"one of them of problem {problem!r}"
         )
-    return summarise(records)
+    if sides == 2:
+        return summarise_pairs(records)
+    return summarise_rollouts({name: column[0] for name, column in records.items()}, [one.problem for one in by_length])
 
 
-def count_pairs(loss: ValueLossConfig, pairs: Sequence[TokenPair]) -> Tensor:
-    """What `count_terms` gives for all output tokens of these pairs, each of which has some on both sides, [3]."""
-    if loss.reduction == "sequence":
-        return torch.full((3,), len(pairs))
-    return torch.tensor(
-        [sum(pair.right.outputs for pair in pairs), sum(pair.wrong.outputs for pair in pairs), len(pairs)]
-    )
+def count_items(loss: ValueLossConfig, items: Sequence[Item], collate: Collator, balanced: bool) -> Tensor:
+    """What `count_terms` gives for all values of these items, each of whose rollouts has some, [3]."""
+    total = torch.zeros(3, dtype=torch.int64)
+    for item in items:
+        rollouts = item.rollouts
+        for side, rollout in enumerate(rollouts):
+            values = 1 if loss.reduction == "sequence" else int(value_places(rollout, collate.position).mask.sum())
+            upper = side == 0 if collate.midpoint is None else rollout.total >= collate.midpoint
+            total[0 if upper or not balanced else 1] += values
+        total[2] += len(rollouts) == 2 and loss.use_pairwise
+    return total
 
 
 def measure_batch(
-    values: Tensor, batch: Batch, loss: ValueLossConfig, counts: Tensor | None = None
+    values: Tensor, batch: Batch, loss: ValueLossConfig, counts: Tensor | None = None, balanced: bool = True
 ) -> dict[str, Tensor]:
-    """All that the metrics need of each of the N pairs of a batch, as float64 [N] on the CPU.
+    """All that the metrics need of each of the R rollouts of a batch, as float64 [R] on the CPU.
 
-    Pairs are independent, so that the records of several batches or ranks are simply put together.
+    Rollouts are independent, so that the records of several batches or ranks are simply put together.
 
     Args:
-        values: [2 N, T].
+        values: [R, T].
         batch: the batch.
-        loss: the training loss, which is taken over all output tokens.
-        counts: what `count_pairs` gives for all batches together; None if this is the only one.
+        loss: the training loss, which is taken over all values.
+        counts: what `count_items` gives for all batches together; None if this is the only one.
+        balanced: as of the loss.
     """
     gamma, lam = loss.gamma_lam
-    credit = assign_credit(values, batch.loss_mask, batch.terminal_rewards, gamma, lam)
+    credit = assign_credit(values, batch, gamma, lam)
     mask, v, td = credit.mask, credit.values.double(), credit.td_errors.double().abs()
     tokens = mask.sum(1).double()
     mean = v.sum(1) / tokens
     centred = (v - mean[:, None]) * mask
-    # Position among the output tokens, centred: only its correlation with V is asked for.
+    # Position among the values, centred: only its correlation with V is asked for.
     position = (mask.cumsum(1) - 1 - (tokens[:, None] - 1) / 2) * mask
     variance = centred.square().sum(1) / tokens
     varies = variance.sqrt() > 1e-12 * mean.abs()  # below, a constant float32 value differs by rounding alone
     spread = (centred.square().sum(1) * position.square().sum(1)).sqrt().where(varies, torch.inf)
-    errors = (batch.terminal_rewards[:, None].double() - v) * mask
+    outcomes = assign_credit(values, batch, 1.0, 1.0).targets.double()  # all rewards that are still to come
+    errors = (outcomes - v) * mask
+    # The batch's part of the loss of all, in equal shares: only the sum is asked for.
+    part = value_loss(loss, values, batch, counts, balanced=balanced)[0].double()
     rows = {
         "tokens": tokens,
         "mean": mean,
         "last": (v * create_eos_only_mask(mask)).sum(1),
+        "total": outcomes.gather(1, mask.int().argmax(1, keepdim=True))[:, 0],
         "token_variance": variance,
         "td_spikiness": (td.amax(1) * tokens / td.sum(1)).nan_to_num(1.0),  # no error at all is no spike
         "position_correlation": ((centred * position).sum(1) / spread).nan_to_num(0.0),  # one token has none
         "error": errors.sum(1),
         "square_error": errors.square().sum(1),
+        "outcome": (outcomes * mask).sum(1),
+        "square_outcome": (outcomes * mask).square().sum(1),
+        "loss": (part / len(values)).expand(len(values)),
     }
-    record = {}
-    for name, column in rows.items():
-        record[f"{name}_right"], record[f"{name}_wrong"] = column.cpu().chunk(2)
-    # The batch's part of the loss of all, in equal shares: only the sum is asked for.
-    part = value_loss(loss, values, batch.attention_mask, batch.loss_mask, batch.terminal_rewards, None, counts)[0]
-    record["loss"] = (part.double().cpu() / len(record["mean_right"])).expand(len(record["mean_right"]))
-    return record
+    return {name: column.cpu() for name, column in rows.items()}
 
 
-def summarise(records: Mapping[str, Tensor]) -> Metrics:
+def summarise_pairs(records: Mapping[str, Tensor]) -> Metrics:
     """The metrics of all pairs together; docs/critic.md says what each means.
 
     Args:
-        records: float64 [N] each, as `measure_batch` gives them.
+        records: float64 [2, N] each, as `measure_batch` gives them of the right and of the wrong rollouts.
     """
-    ranked = (records["mean_right"] > records["mean_wrong"]).double()
-    means = {name: column.mean().item() for name, column in records.items()}
+    mean, last = records["mean"], records["last"]
+    ranked = (mean[0] > mean[1]).double()
     per_side = ("token_variance", "td_spikiness", "position_correlation")
-    totals = {name: column.sum().item() for name, column in records.items()}
-    tokens = totals["tokens_right"] + totals["tokens_wrong"]
-    error, square_error = (
-        (totals[f"{name}_right"] + totals[f"{name}_wrong"]) / tokens for name in ("error", "square_error")
-    )
-    reward_variance = totals["tokens_right"] * totals["tokens_wrong"] / tokens**2
+    means = {name: column.mean(1).tolist() for name, column in records.items()}
     return {
         "pairwise_accuracy": ranked.mean().item(),
-        "mean_right": means["mean_right"],
-        "mean_wrong": means["mean_wrong"],
-        "margin": means["mean_right"] - means["mean_wrong"],
-        **{f"{name}_{side}": means[f"{name}_{side}"] for name in per_side for side in ("right", "wrong")},
-        "last_token_accuracy": (records["last_right"] > records["last_wrong"]).double().mean().item(),
-        "explained_variance": 1.0 - (square_error - error**2) / reward_variance,
-        "loss": totals["loss"],
-        **calibration(records["last_right"], records["last_wrong"]),
-        **accuracy_by_length(ranked, (records["tokens_right"] + records["tokens_wrong"]) / 2),
+        "mean_right": means["mean"][0],
+        "mean_wrong": means["mean"][1],
+        "margin": means["mean"][0] - means["mean"][1],
+        **{f"{name}_{side}": means[name][k] for name in per_side for k, side in enumerate(SIDES)},
+        "last_token_accuracy": (last[0] > last[1]).double().mean().item(),
+        "explained_variance": explained_variance(records),
+        "loss": 2 * records["loss"][0].sum().item(),
+        **calibration(last.flatten(), records["total"].flatten()),
+        **accuracy_by_length(ranked, records["tokens"].mean(0)),
     }
 
 
-def calibration(right: Tensor, wrong: Tensor) -> Metrics:
-    """How far the value of the last token is a probability of being right.
+def summarise_rollouts(records: Mapping[str, Tensor], problems: Sequence[str]) -> Metrics:
+    """The metrics of all rollouts together; docs/critic.md says what each means.
 
     Args:
-        right: [N], the last values of right solutions.
-        wrong: [M], those of wrong ones.
+        records: float64 [N] each, as `measure_batch` gives them.
+        problems: of which problem each is.
+    """
+    mean, last, total = records["mean"], records["last"], records["total"]
+    means = {name: column.mean().item() for name, column in records.items()}
+    higher, lower = pairs_within(problems, total)
+    rank = {}
+    if len(higher):
+        ranked = (mean[higher] > mean[lower]).double()
+        rank = {
+            "pairwise_accuracy": ranked.mean().item(),
+            "last_token_accuracy": (last[higher] > last[lower]).double().mean().item(),
+            "margin": (mean[higher] - mean[lower]).mean().item(),
+            **accuracy_by_length(ranked, (records["tokens"][higher] + records["tokens"][lower]) / 2),
+        }
+    return {
+        "explained_variance": explained_variance(records),
+        "mean_value": means["mean"],
+        "mean_last_value": means["last"],
+        "mean_reward": means["total"],
+        **{name: means[name] for name in ("token_variance", "td_spikiness", "position_correlation")},
+        "loss": records["loss"].sum().item(),
+        **calibration(last, total),
+        **rank,
+    }
+
+
+def pairs_within(problems: Sequence[str], total: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices of the two rollouts of each pair of one problem with different rewards, the higher first.
+
+    Args:
+        problems: of which problem each rollout is.
+        total: [N], the reward of each.
+    """
+    names = {name: number for number, name in enumerate(dict.fromkeys(problems))}
+    number = torch.tensor([names[name] for name in problems])
+    found = [
+        torch.stack([group[higher], group[lower]])
+        for group in (torch.nonzero(number == name)[:, 0] for name in range(len(names)))
+        for higher, lower in [torch.nonzero(total[group][:, None] > total[group], as_tuple=True)]
+    ]
+    higher, lower = torch.cat(found, 1)
+    return higher, lower
+
+
+def explained_variance(records: Mapping[str, Tensor]) -> float:
+    """1 - Var(R - V) / Var(R) over all values; 0 / 0, where all rewards are the same, is 0."""
+    names = ("tokens", "error", "square_error", "outcome", "square_outcome")
+    tokens, error, square_error, outcome, square_outcome = (records[name].sum(-1).sum().item() for name in names)
+    variance = (square_outcome * tokens - outcome**2) / tokens**2  # exact where rewards are 1 and 0
+    return 1.0 - (square_error / tokens - (error / tokens) ** 2) / variance if variance > 0 else 0.0
+
+
+def calibration(predicted: Tensor, outcome: Tensor) -> Metrics:
+    """How far the value of the last token is the reward, and where that is 1 or 0 a probability.
+
+    Args:
+        predicted: [N], the last value of each rollout.
+        outcome: [N], its reward.
 
     Returns:
-        `brier`, the mean squared distance to 1 or 0; `calibration_error`, the mean distance of prediction and outcome
-        over the bins of the reliability plot, weighted by their count; and of the bins that are not empty the mean
-        prediction, the share of right solutions and the count. Values beyond 0 and 1 count to the outer bins.
+        `brier`, the mean squared distance to the reward; `calibration_error`, the mean distance of prediction and
+        reward over the bins of the reliability plot, weighted by their count; and of the bins that are not empty the
+        mean prediction, the mean reward and the count. The bins span the rewards, 0 to 1 at least; values beyond count
+        to the outer ones.
     """
-    predicted = torch.cat([right, wrong])
-    outcome = torch.cat([torch.ones_like(right), torch.zeros_like(wrong)])
-    index = (predicted * RELIABILITY_BINS).floor().clamp(0, RELIABILITY_BINS - 1).long()
+    low, high = min(outcome.min().item(), 0.0), max(outcome.max().item(), 1.0)
+    index = ((predicted - low) / (high - low) * RELIABILITY_BINS).floor().clamp(0, RELIABILITY_BINS - 1).long()
     count, prediction, observed = (
         torch.zeros(RELIABILITY_BINS, dtype=torch.float64).index_add_(0, index, column)
         for column in (torch.ones_like(predicted), predicted, outcome)

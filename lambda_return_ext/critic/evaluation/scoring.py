@@ -16,7 +16,7 @@ from lambda_return_ext.critic import checkpoint, files
 from lambda_return_ext.critic.config import Config, DataConfig
 from lambda_return_ext.critic.data.batches import Collator
 from lambda_return_ext.critic.data.chat import Renderer, read_chat_template
-from lambda_return_ext.critic.data.rollouts import Solution, fit_prompts, fits, tokenize
+from lambda_return_ext.critic.data.rollouts import Rollout, fit_prompts, fits, tokenize
 from lambda_return_ext.critic.data.rows import Answer, Example, parse_example
 from lambda_return_ext.critic.data.sources import EXTRA, Source
 from lambda_return_ext.critic.display import Display
@@ -27,6 +27,7 @@ from lambda_return_ext.critic.model.value_model import ValueModel, build_model
 from lambda_return_ext.critic.ranks import choose_device
 
 ROWS_AT_ONCE = 64
+VALUES = ("values", "targets", "advantages", "td_errors")  # columns of one number a token
 # A Parquet file ends in a description of all its row groups, which a writer keeps in memory until then: two kilobytes
 # each. With groups of this size that is a ten-thousandth of the file.
 ROW_GROUP_BYTES = 1 << 24
@@ -49,7 +50,7 @@ class Item(NamedTuple):
     row: int
     example: Example
     answer: Answer
-    solution: Solution
+    rollout: Rollout
     cut: bool
 
 
@@ -77,23 +78,24 @@ def score_file(
     if Path(output).exists() and not overwrite:
         raise UserError(f"--output must not exist yet, got {output!r}: give --overwrite to replace it")
     writer_of = _writer_of(Path(output))
-    source, display = Source(data, subset, split, "FILE"), Display()
-    critic = load_critic(run)
+    critic, display = load_critic(run), Display()
     settings = critic.config.data
+    source = Source(data, subset, split, "FILE", settings.columns, unlabelled=True)
+    columns = VALUES if critic.config.model.value_position != "both" else (*VALUES, "values_after")
     renderer = Renderer(critic.tokenizer, read_chat_template(settings.chat_template))
     rows = ((number, parse_example(row, unlabelled=True)) for number, row in enumerate(source, 1))
     scored = left_out = cut = 0
-    with writer_of(Path(output)) as write, display.phase("scoring", "rows", None) as advance:
+    with writer_of(Path(output), columns) as write, display.phase("scoring", "rows", None) as advance:
         while part := list(itertools.islice(rows, ROWS_AT_ONCE)):
-            solutions = tokenize([example for _, example in part], renderer)
+            rollouts = tokenize([example for _, example in part], renderer)
             items = [
                 item
-                for (number, example), answers in zip(part, solutions, strict=True)
+                for (number, example), answers in zip(part, rollouts, strict=True)
                 for item in fitting_items(number, example, answers, settings)
             ]
             write(score(critic, items))
             scored += len(items)
-            left_out += sum(map(len, solutions)) - len(items)
+            left_out += sum(map(len, rollouts)) - len(items)
             cut += sum(item.cut for item in items)
             advance(len(part))
     display.line(f"wrote {output}: {scored:,} answers")
@@ -103,15 +105,15 @@ def score_file(
         display.line(f"left out: {left_out:,} answers that do not fit into data.max_length = {settings.max_length}")
 
 
-def fitting_items(row: int, example: Example, solutions: Sequence[Solution], config: DataConfig) -> list[Item]:
+def fitting_items(row: int, example: Example, rollouts: Sequence[Rollout], config: DataConfig) -> list[Item]:
     """The answers of a row that fit, with their prompts cut as training cuts them: those of a pair the same."""
-    whole = [both for both in zip(example.answers, solutions, strict=True) if fits(both[1], config)]
-    groups = [whole] if example.paired else [[both] for both in whole]
+    whole = [both for both in zip(example.answers, rollouts, strict=True) if fits(both[1].solution, config)]
+    groups = [whole] if example.paired and config.sampling == "pairs" else [[both] for both in whole]
     items = []
     for group in filter(None, groups):
-        fitted = fit_prompts([solution for _, solution in group], config.max_length)
-        for (answer, solution), short in zip(group, fitted, strict=True):
-            items.append(Item(row, example, answer, short, short != solution))
+        fitted = fit_prompts([rollout.solution for _, rollout in group], config.max_length)
+        for (answer, rollout), short in zip(group, fitted, strict=True):
+            items.append(Item(row, example, answer, rollout._replace(solution=short), short != rollout.solution))
     return items
 
 
@@ -152,37 +154,44 @@ def load_critic(run: str) -> Critic:
 
 def score(critic: Critic, items: Sequence[Item]) -> list[Record]:
     """The records of some answers, in their order."""
-    gamma, lam = critic.config.training.value_loss.gamma_lam
-    size = 2 * critic.config.evaluation.batch_size
-    collate = Collator(critic.tokenizer.pad_token_id or 0, multiple=critic.config.data.pad_to_multiple_of)
-    by_length = sorted(range(len(items)), key=lambda i: items[i].solution.length)
+    config = critic.config
+    gamma, lam = config.training.value_loss.gamma_lam
+    size, position = 2 * config.evaluation.batch_size, config.model.value_position
+    collate = Collator(
+        critic.tokenizer.pad_token_id or 0,
+        multiple=config.data.pad_to_multiple_of,
+        position=position,
+        step_rewards=any(item.rollout.step_rewards is not None for item in items),
+    )
+    by_length = sorted(range(len(items)), key=lambda i: items[i].rollout.length)
     records: dict[int, Record] = {}
     for start in range(0, len(by_length), size):
         part = by_length[start : start + size]
-        solutions = [items[i].solution for i in part]
-        batch = collate.collate(solutions, torch.tensor([items[i].answer.reward or 0.0 for i in part]))
-        for i, credit in zip(
-            part, credit_solutions(critic.model, batch.to(critic.device), solutions, gamma, lam), strict=True
-        ):
-            row, example, answer, solution, _ = items[i]
-            labelled = answer.reward is not None
+        solutions = [items[i].rollout.solution for i in part]
+        batch = collate.pad([items[i].rollout for i in part]).to(critic.device)
+        credits = credit_solutions(critic.model, batch, solutions, gamma, lam, position)
+        for i, credit in zip(part, credits, strict=True):
+            row, example, answer, rollout, _ = items[i]
+            labelled = rollout.reward is not None
             records[i] = {
                 "row": row,
                 "problem_id": example.problem,
                 "answer": answer.name,
-                "reward": answer.reward,
-                "prompt_tokens": len(solution.prompt_ids),
-                "token_ids": list(solution.output_ids),
+                "reward": rollout.reward,
+                "prompt_tokens": len(rollout.solution.prompt_ids),
+                "token_ids": list(rollout.solution.output_ids),
                 "mask": credit.mask.tolist(),
                 "values": credit.values.tolist(),
                 "targets": credit.targets.tolist() if labelled else None,
                 "advantages": credit.advantages.tolist() if labelled else None,
                 "td_errors": credit.td_errors.tolist() if labelled else None,
             }
+            if credit.values_after is not None:
+                records[i]["values_after"] = credit.values_after.tolist()
     return [records[i] for i in range(len(items))]
 
 
-def _writer_of(output: Path) -> Callable[[Path], AbstractContextManager[Write]]:
+def _writer_of(output: Path) -> Callable[[Path, Sequence[str]], AbstractContextManager[Write]]:
     """How to write a file of this name.
 
     Raises:
@@ -197,13 +206,13 @@ def _writer_of(output: Path) -> Callable[[Path], AbstractContextManager[Write]]:
 
 
 @contextmanager
-def _write_jsonl(output: Path) -> Iterator[Write]:
+def _write_jsonl(output: Path, columns: Sequence[str]) -> Iterator[Write]:
     with _whole(output) as temporary, temporary.open("w", encoding="utf-8") as file:
         yield lambda records: file.writelines(json.dumps(record) + "\n" for record in records)
 
 
 @contextmanager
-def _write_parquet(output: Path) -> Iterator[Write]:
+def _write_parquet(output: Path, columns: Sequence[str]) -> Iterator[Write]:
     import pyarrow
     import pyarrow.parquet
 
@@ -217,7 +226,7 @@ def _write_parquet(output: Path) -> Iterator[Write]:
             "prompt_tokens": pyarrow.int32(),
             "token_ids": pyarrow.list_(pyarrow.int32()),
             "mask": pyarrow.list_(pyarrow.bool_()),
-            **dict.fromkeys(("values", "targets", "advantages", "td_errors"), numbers),
+            **dict.fromkeys(columns, numbers),
         }
     )
     waiting: list[Any] = []

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lambda_return_ext.critic.data.pairs import TokenPair
 from lambda_return_ext.critic.data.rollouts import Solution
 
 # Solutions are read as many at once as both of these allow, and a longer one alone: memory grows with their tokens.
@@ -29,10 +28,10 @@ class PromptGroup(NamedTuple):
         return len(self.prompt_ids) + sum(len(solution.output_ids) for solution in self.solutions)
 
 
-def group_by_prompt(pairs: Iterable[TokenPair]) -> list[PromptGroup]:
-    """The distinct solutions of the pairs by prompt, in parts of similar length that fit into memory."""
+def group_by_prompt(solutions: Iterable[Solution]) -> list[PromptGroup]:
+    """The distinct solutions by prompt, in parts of similar length that fit into memory."""
     by_prompt: dict[tuple[int, ...], list[Solution]] = {}
-    for solution in dict.fromkeys(side for pair in pairs for side in (pair.right, pair.wrong)):
+    for solution in dict.fromkeys(solutions):
         by_prompt.setdefault(solution.prompt_ids, []).append(solution)
     parts = []
     for prompt_ids, group in by_prompt.items():
@@ -50,7 +49,7 @@ def group_by_prompt(pairs: Iterable[TokenPair]) -> list[PromptGroup]:
 def compute_features(
     backbone: nn.Module, groups: Iterable[PromptGroup], advance: Callable[[int], None]
 ) -> dict[Solution, Tensor]:
-    """Features [T, H] of the output tokens of each solution, on the CPU.
+    """Features [1 + T, H] of the prompt's last token and all that follows it of each solution, on the CPU.
 
     Args:
         backbone: a transformers base model.
@@ -59,9 +58,9 @@ def compute_features(
     """
     features = {}
     for group in groups:
-        _, hidden = continue_prompt(backbone, group, lambda output: output.last_hidden_state)
+        prompt, hidden = continue_prompt(backbone, group, lambda output: output.last_hidden_state)
         for row, solution in zip(hidden, group.solutions, strict=True):
-            features[solution] = row[: len(solution.output_ids)].to("cpu", copy=True)
+            features[solution] = torch.cat([prompt[0, -1:], row[: len(solution.output_ids)]]).cpu()
         advance(group.tokens)
     return features
 

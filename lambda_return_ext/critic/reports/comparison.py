@@ -107,17 +107,20 @@ def print_runs(display: Display, runs: Sequence[Run]) -> None:
         table.add_column(f"{run.name}\n(step {measured['step']})", justify="right", overflow="fold")
     for title, key in ROWS.items():
         style = ".4f" if "accuracy" in key else ".4g"
-        table.add_row(title, *(f"{measured['metrics'][f'validation/{key}']:{style}}" for measured in best))
+        numbers = [measured["metrics"].get(f"validation/{key}") for measured in best]
+        if any(number is not None for number in numbers):
+            table.add_row(title, *("" if number is None else f"{number:{style}}" for number in numbers))
     table.add_row("gap (train - validation)", *(f"{measured['metrics']['validation/gap']:.4f}" for measured in best))
     table.add_section()
     for i, title in enumerate(shared_length_bins([measured["metrics"] for measured in best])):
-        parts = [measured["metrics"]["validation/length_accuracy"] for measured in best]
+        parts = [measured["metrics"].get("validation/length_accuracy", []) for measured in best]
         cells = [f"{part[i]:.4f}" if i < len(part) else "" for part in parts]
         table.add_row(f"pairwise accuracy, {title}", *cells)
     table.add_section()
     last = [run.results["checkpoints"]["last"] for run in runs]
-    cells = [f"{m['metrics']['validation/pairwise_accuracy']:.4f}" for m in last]
-    table.add_row("pairwise accuracy, last checkpoint", *cells)
+    for title, key in (("pairwise accuracy", "pairwise_accuracy"), ("explained variance", "explained_variance")):
+        numbers = [m["metrics"].get(f"validation/{key}") for m in last]
+        table.add_row(f"{title}, last checkpoint", *("" if x is None else f"{x:.4f}" for x in numbers))
     for title in dict.fromkeys(title for run in runs for title in run.results["baselines"]):
         scores = [run.results["baselines"].get(title) for run in runs]
         table.add_row(f"baseline: {title}", *("" if score is None else f"{score:.4f}" for score in scores))

@@ -18,6 +18,7 @@ from lambda_return_ext.critic.data.rollouts import Solution
 from lambda_return_ext.critic.display import Display
 from lambda_return_ext.critic.errors import UserError
 from lambda_return_ext.critic.evaluation.credit import Credit, credit_solutions
+from lambda_return_ext.critic.evaluation.validation import pairs_of
 from lambda_return_ext.critic.task import Task, build_collator, load_run
 
 LARGEST_DROPS = 3
@@ -74,13 +75,13 @@ def credited_pairs(task: Task, display: Display) -> list[tuple[TokenPair, float,
     """Each validation pair with its margin and the credit of its right and its wrong solution."""
     gamma, lam = task.config.training.value_loss.gamma_lam
     collate = build_collator(task, task.data.validation, display)
-    pairs = sorted(task.data.validation, key=lambda pair: pair.length)
+    pairs = sorted(pairs_of(task.data.validation), key=lambda pair: pair.length)
     size = task.config.evaluation.batch_size
     task.model.eval()
     credited = []
     for start in range(0, len(pairs), size):
         part = pairs[start : start + size]
-        solutions = [pair.right for pair in part] + [pair.wrong for pair in part]
+        solutions = [pair.right.solution for pair in part] + [pair.wrong.solution for pair in part]
         credits = credit_solutions(task.model, collate.pad(part).to(task.device), solutions, gamma, lam)
         for pair, right, wrong in zip(part, credits[: len(part)], credits[len(part) :], strict=True):
             credited.append((pair, mean_value(right) - mean_value(wrong), right, wrong))
@@ -94,14 +95,14 @@ def mean_value(credit: Credit) -> float:
 
 def describe_pair(tokenizer: Any, pair: TokenPair, margin: float, right: Credit, wrong: Credit) -> dict[str, Any]:
     """One pair as the page reads it."""
-    differs = first_difference(pair.right.output_ids, pair.wrong.output_ids)
+    differs = first_difference(pair.right.solution.output_ids, pair.wrong.solution.output_ids)
     return {
         "problem": pair.problem,
         "margin": _short(margin),
         "differs": differs,
-        "prompt": "".join(token_texts(tokenizer, pair.right.prompt_ids)),
-        "right": describe_solution(tokenizer, pair.right, right, differs),
-        "wrong": describe_solution(tokenizer, pair.wrong, wrong, differs),
+        "prompt": "".join(token_texts(tokenizer, pair.right.solution.prompt_ids)),
+        "right": describe_solution(tokenizer, pair.right.solution, right, differs),
+        "wrong": describe_solution(tokenizer, pair.wrong.solution, wrong, differs),
     }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 from torch import nn
@@ -104,8 +103,8 @@ def memory_per_rank(task: Task, ranks: int) -> dict[str, int]:
             _bytes(parameter, half) for layer in model.backbone_layers() for parameter in layer.parameters()
         )
         memory["gathered layers (two at a time) and embedding"] = 2 * gathered + outside
-    pairs = math.ceil(training.batch_size / ranks)
-    tokens = 2 * min(pairs, training.micro_batch_size or pairs) * config.data.max_length
+    items, sides = math.ceil(training.batch_size / ranks), len(task.data.train[0].rollouts)
+    tokens = sides * min(items, training.micro_batch_size or items) * config.data.max_length
     memory[TRAINING] = tokens * _activations_of_a_token(task, 2 if half else 4)
     if config.evaluation.baselines and not config.model.from_scratch:
         memory[BASELINE] = _likelihood_baseline(task)
@@ -146,8 +145,8 @@ def _activations_of_a_token(task: Task, itemsize: int) -> int:
 
 
 def cached_features(task: Task) -> int:
-    """Bytes of the features of all output tokens, each distinct solution once."""
-    pairs = task.data.train + task.data.validation
-    solutions: dict[Any, None] = dict.fromkeys(side for pair in pairs for side in (pair.right, pair.wrong))
+    """Bytes of the features from each prompt's last token on, each distinct solution once."""
+    solutions = {rollout.solution for rollout in task.data.rollouts}
     itemsize = 2 if task.config.model.dtype == "bfloat16" else 4
-    return sum(len(solution.output_ids) for solution in solutions) * task.model.backbone.config.hidden_size * itemsize
+    tokens = sum(1 + len(solution.output_ids) for solution in solutions)
+    return tokens * task.model.backbone.config.hidden_size * itemsize

@@ -11,6 +11,8 @@ from torch.distributed.tensor import DTensor
 
 from lambda_return_ext.critic import checkpoint
 from lambda_return_ext.critic.data.pairs import TokenPair
+from lambda_return_ext.critic.data.rollouts import Rollout
+from lambda_return_ext.critic.data.split import Item
 from lambda_return_ext.critic.display import Display
 from lambda_return_ext.critic.ranks import Ranks
 from lambda_return_ext.critic.task import Task
@@ -20,7 +22,7 @@ def say_nonfinite(
     task: Task,
     step: int,
     metrics: Mapping[str, float],
-    pairs: Sequence[TokenPair],
+    items: Sequence[Item],
     display: Display,
     save: Callable[[], None],
 ) -> None:
@@ -30,7 +32,7 @@ def say_nonfinite(
         task: the run.
         step: whose weights were not changed.
         metrics: of the step, with loss and gradient norm.
-        pairs: of the step.
+        items: of the step.
         display: where it is said.
         save: saves the run as it was before the step; called before it stops.
 
@@ -38,13 +40,18 @@ def say_nonfinite(
         FloatingPointError: the configuration says to stop.
     """
     run_dir = Path(task.config.run_dir)
-    sides = [{"problem": pair.problem, "right": pair.right._asdict(), "wrong": pair.wrong._asdict()} for pair in pairs]
+    names = ("right", "wrong") if isinstance(items[0], TokenPair) else ("rollout",)
+    kind = "pairs" if len(names) == 2 else "rollouts"
+    told = [
+        {"problem": item.problem, **{name: _told(one) for name, one in zip(names, item.rollouts, strict=True)}}
+        for item in items
+    ]
     numbers = {name: str(metrics[name]) for name in ("train/loss", "train/grad_norm")}
-    record = {"step": step, **numbers, "pairs": sides}
+    record = {"step": step, **numbers, kind: told}
     task.ranks.on_first(lambda: checkpoint.save_nonfinite(run_dir, record))
     message = (
         f"loss or gradient is not finite at step {step}: loss {numbers['train/loss']}, gradient norm "
-        f"{numbers['train/grad_norm']}; its pairs are in {run_dir / checkpoint.NONFINITE}"
+        f"{numbers['train/grad_norm']}; its {kind} are in {run_dir / checkpoint.NONFINITE}"
     )
     if task.config.training.nonfinite == "stop":
         save()
@@ -52,6 +59,10 @@ def say_nonfinite(
             f"{message}; all before it is saved, and --resume training.nonfinite=skip leaves such a batch out"
         )
     display.line(f"{message}; left out")
+
+
+def _told(rollout: Rollout) -> dict[str, object]:
+    return {**rollout.solution._asdict(), "reward": rollout.reward, "step_rewards": rollout.step_rewards}
 
 
 def check_weights(parameters: Sequence[nn.Parameter], step: int, ranks: Ranks) -> None:

@@ -5,6 +5,7 @@ Read `train_rank` from top to bottom: everything that can be wrong is checked be
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import signal
@@ -18,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from lambda_return_ext.critic import checkpoint, files
-from lambda_return_ext.critic.config import Config, TrainingConfig, ValueLossConfig
+from lambda_return_ext.critic.config import Config, TrainingConfig
 from lambda_return_ext.critic.data.batches import Batch, Collator, epoch_batches
-from lambda_return_ext.critic.data.pairs import TokenPair
+from lambda_return_ext.critic.data.split import Item
 from lambda_return_ext.critic.display import Display
 from lambda_return_ext.critic.evaluation.validation import describe, measure, measure_baselines, results_of
 from lambda_return_ext.critic.losses import count_terms, value_loss, window_mask
@@ -35,7 +36,7 @@ from lambda_return_ext.critic.training.interrupt import Interrupted, StopRequest
 from lambda_return_ext.critic.training.nonfinite import check_weights, say_nonfinite
 from lambda_return_ext.critic.training.optimization import lam_schedule, lr_schedule, parameter_groups
 
-Place = tuple[TokenPair, float, float]  # a pair, and where the windows of its right and of its wrong side lie
+Place = tuple[Item, tuple[float, ...]]  # an item, and where the window of each of its rollouts lies
 
 
 def train(config: Config, resume: bool = False, overwrite: bool = False) -> dict[str, Any] | None:
@@ -67,19 +68,19 @@ def train_rank(config: Config, ranks: Ranks, resume: bool, overwrite: bool) -> d
         ranks.together(lambda: check_packing(model))
     ranks.on_first(lambda: checkpoint.open_run_dir(config, task.summary(), overwrite))
     print_data(display, task.summary())
-    collate = build_collator(task, data.train + data.validation, display)
+    collate = build_collator(task, [*data.train, *data.validation], display)
 
     optimizer = torch.optim.AdamW(parameter_groups(model, training, config.model.lora))
     lr_factor, lam = lr_schedule(training, task.steps), lam_schedule(training.value_loss, task.steps)
-    progress: dict[str, Any] = {"step": 0, "best": [-1.0, 0.0], "seconds": 0.0, "skipped": 0, "stale": 0, "peak": -1.0}
+    progress: dict[str, Any] = {"step": 0, "best": None, "seconds": 0.0, "skipped": 0, "stale": 0, "peak": None}
     progress["unchecked"] = False  # whether the validation after the last step was broken off
     torch.manual_seed(config.seed + ranks.rank)  # dropout differs from rank to rank
     if newest := checkpoint.latest_checkpoint(run_dir):
         progress |= checkpoint.load_checkpoint(newest, model, optimizer, ranks)
         display.line(f"resumed after step {progress['step']}")
-    forward_loss = build_forward_loss(module, training)
+    forward_loss = build_forward_loss(module, config)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    lengths = [pair.length for pair in data.train]
+    lengths = [item.length for item in data.train]
     steps_per_epoch = math.ceil(len(data.train) / training.batch_size)
     warmup_steps = training.value_loss.warmup_steps
     started = time.monotonic() - progress["seconds"]
@@ -100,10 +101,11 @@ def train_rank(config: Config, ranks: Ranks, resume: bool, overwrite: bool) -> d
         check_weights(parameters, step, ranks)
         measured = measure(task, collate, stop_if_asked)
         log.write(step, measured)
-        display.line(f"step {step}: {describe(measured)}")
-        rank = [measured["validation/pairwise_accuracy"], measured["validation/margin"]]
+        display.line(f"step {step}: {describe(measured, config.best)}")
+        tie = measured["validation/margin"] if config.best == "pairwise_accuracy" else -measured["validation/loss"]
+        rank = [measured[f"validation/{config.best}"], tie]
         progress.update(staleness(progress, rank[0], training), unchecked=False)
-        if rank > progress["best"]:
+        if progress["best"] is None or rank > progress["best"]:
             progress["best"] = rank
             checkpoint.save_best(run_dir, model, {"step": step, "metrics": measured}, ranks)
         save()
@@ -124,17 +126,17 @@ def train_rank(config: Config, ranks: Ranks, resume: bool, overwrite: bool) -> d
             if position == 0 or not epoch_order:
                 epoch_order = epoch_batches(lengths, training.batch_size, config.seed, epoch)
             step_started = time.monotonic()
-            pairs = [data.train[index] for index in epoch_order[position]]
+            items = [data.train[index] for index in epoch_order[position]]
             warmup = step <= warmup_steps
             # Random numbers of the step, not of the rank: any number of ranks sees the same windows.
             random_numbers = random.Random(f"{config.seed}:window:{step}")
-            places = [(pair, random_numbers.random(), random_numbers.random()) for pair in pairs]
+            places = [(item, tuple(random_numbers.random() for _ in item.rollouts)) for item in items]
             micro_batches = [
                 training_batch(collate, part, places[0], warmup, training.value_loss.output_window)
                 for part in ranks.micro_batches(places, training.micro_batch_size)
             ]
             # One sum over all ranks before the first backward: each loss is a part of the means over all of them.
-            *counts, tokens, stopping = ranks.sum(tally(training.value_loss, micro_batches, stop)).tolist()
+            *counts, tokens, stopping = ranks.sum(tally(config, micro_batches, stop)).tolist()
             if stopping:
                 save()
                 raise Interrupted(stop.received or signal.SIGTERM, progress["step"])
@@ -170,7 +172,7 @@ def train_rank(config: Config, ranks: Ranks, resume: bool, overwrite: bool) -> d
                     group["lr"] = group["base_lr"] * lr_factor(step)
                 optimizer.step()
             else:
-                say_nonfinite(task, step, metrics, pairs, display, save)
+                say_nonfinite(task, step, metrics, items, display, save)
                 progress["skipped"] += 1
                 metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
             metrics["train/skipped_steps"] = progress["skipped"]
@@ -195,12 +197,12 @@ def training_batch(
 
     Args:
         collate: makes a batch.
-        places: this rank's pairs; where there are none, the batch has no loss, and keeps step with the other ranks.
-        filler: stands in for no pairs.
-        warmup: the loss sees only the last token of each solution.
-        window: else only so many output tokens of each, at its place.
+        places: this rank's items; where there are none, the batch has no loss, and keeps step with the other ranks.
+        filler: stands in for no items.
+        warmup: the loss sees only the last value of each rollout.
+        window: else only so many values of each, at its place.
     """
-    batch = collate([pair for pair, *_ in places or [filler]])
+    batch = collate([item for item, _ in places or [filler]])
     batch = replace(batch, output_mask=None if window is None else batch.loss_mask)
     if not places:
         return replace(batch, loss_mask=torch.zeros_like(batch.loss_mask), tokens=0)
@@ -208,24 +210,25 @@ def training_batch(
         return replace(batch, loss_mask=batch.last_tokens())
     if window is None:
         return batch
-    _, right, wrong = zip(*places, strict=True)
-    where = torch.tensor(right + wrong, dtype=torch.float64)
+    sides = zip(*(where for _, where in places), strict=True)
+    where = torch.tensor([*itertools.chain.from_iterable(sides)], dtype=torch.float64)
     return replace(batch, loss_mask=window_mask(batch.loss_mask, batch.packing, where, window))
 
 
-def tally(loss: ValueLossConfig, micro_batches: Sequence[Batch], stop: StopRequest) -> Tensor:
+def tally(config: Config, micro_batches: Sequence[Batch], stop: StopRequest) -> Tensor:
     """What the ranks must know of one another before a step, [5], int64.
 
     The counts of the loss, the tokens that the model reads, and whether a rank was asked to stop.
     """
-    counts = torch.stack([count_terms(loss, batch.loss_mask, batch.packing) for batch in micro_batches]).sum(0)
+    loss, balanced = config.training.value_loss, config.balanced
+    counts = torch.stack([count_terms(loss, batch, balanced) for batch in micro_batches]).sum(0)
     return torch.cat([counts, torch.tensor([sum(batch.tokens for batch in micro_batches), int(stop.received > 0)])])
 
 
-def staleness(progress: dict[str, Any], accuracy: float, config: TrainingConfig) -> dict[str, Any]:
-    """The highest validation accuracy, and how many validations ago it was reached."""
-    if accuracy > progress["peak"] + (config.early_stopping.min_delta if progress["peak"] >= 0 else 0.0):
-        return {"peak": accuracy, "stale": 0}
+def staleness(progress: dict[str, Any], measure: float, config: TrainingConfig) -> dict[str, Any]:
+    """The highest measure on validation, and how many validations ago it was reached."""
+    if progress["peak"] is None or measure > progress["peak"] + config.early_stopping.min_delta:
+        return {"peak": measure, "stale": 0}
     return {"stale": progress["stale"] + 1}
 
 
@@ -238,7 +241,7 @@ def report(task: Task, progress: dict[str, Any], display: Display) -> dict[str, 
     """Write and show the results of a run that is done."""
     run_dir = Path(task.config.run_dir)
     _, best = checkpoint.load_best(run_dir)
-    records = [record for record in read_metrics(run_dir) if "validation/pairwise_accuracy" in record]
+    records = [record for record in read_metrics(run_dir) if "validation/loss" in record]
     last = {"step": progress["step"], "metrics": {name: value for name, value in records[-1].items() if name != "step"}}
     results = results_of(task, run_dir, {"best": best, "last": last})
     # Before the baselines too, which need more memory than all before them.
@@ -259,7 +262,7 @@ def evaluate(run: str) -> dict[str, Any]:
     """
     display = Display()
     task, state = load_run(run)
-    collate = build_collator(task, task.data.validation + task.train_subset, display)
+    collate = build_collator(task, [*task.data.validation, *task.train_subset], display)
     measured = {"step": state["step"], "metrics": measure(task, collate)}
     results = results_of(task, Path(run), {"best": measured})
     results["baselines"] = measure_baselines(task, display)
@@ -267,24 +270,15 @@ def evaluate(run: str) -> dict[str, Any]:
     return results
 
 
-def build_forward_loss(module: nn.Module, config: TrainingConfig) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
+def build_forward_loss(module: nn.Module, config: Config) -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
     """Forward and loss as one function of tensors, compiled whole where the configuration says so."""
+    loss, balanced = config.training.value_loss, config.balanced
 
     def forward_loss(batch: Batch, counts: Tensor, lam: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         values = module(batch.inputs, batch.attention_mask, batch.packing and batch.packing.cu_seqlens)
-        return value_loss(
-            config.value_loss,
-            values,
-            batch.attention_mask,
-            batch.loss_mask,
-            batch.terminal_rewards,
-            batch.packing,
-            counts,
-            lam,
-            batch.output_mask,
-        )
+        return value_loss(loss, values, batch, counts, lam, balanced)
 
-    if not config.compile:
+    if not config.training.compile:
         return forward_loss
     # Else two dimensions that happen to be equal in the first batch would be compiled as one.
     torch.fx.experimental._config.use_duck_shape = False

@@ -6,16 +6,16 @@ import random
 
 import pytest
 import torch
-from critic_testing import make_records
+from critic_testing import make_records, pair_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lambda_return_ext.critic.config import DataConfig
 from lambda_return_ext.critic.data.batches import Collator, epoch_batches
 from lambda_return_ext.critic.data.chat import Renderer
-from lambda_return_ext.critic.data.pairs import TokenPair, group_by_problem
-from lambda_return_ext.critic.data.rollouts import Solution, tokenize
-from lambda_return_ext.critic.data.split import read_examples, select_pairs
+from lambda_return_ext.critic.data.pairs import group_by_problem
+from lambda_return_ext.critic.data.rollouts import Solution, solutions_of, tokenize
+from lambda_return_ext.critic.data.split import read_rows, select_data
 from lambda_return_ext.critic.errors import UserError
 from lambda_return_ext.critic.model.backbone import Backbone
 
@@ -27,11 +27,11 @@ def tokenizer(tiny_backbone):
 
 def select(path, tokenizer, **settings):
     config = DataConfig(path=str(path), **{"max_length": 64, "validation_problems": 6, **settings})
-    return select_pairs(read_examples(config)[0], tokenizer, config)
+    return select_data(read_rows(config), tokenizer, config)
 
 
 def read(path):
-    return read_examples(DataConfig(path=str(path)))[0]
+    return read_rows(DataConfig(path=str(path))).train
 
 
 def problems(pairs):
@@ -71,7 +71,7 @@ def test_a_line_that_is_no_utf8(tmp_path):
 def test_missing_and_empty_file(tmp_path, write_pairs):
     with pytest.raises(UserError, match=r"data.path must be a readable JSONL file, got .*No such file"):
         read(tmp_path / "none.jsonl")
-    with pytest.raises(UserError, match="must hold at least one pair"):
+    with pytest.raises(UserError, match="must hold at least one row"):
         read(write_pairs([""]))
 
 
@@ -111,9 +111,9 @@ def test_pairs_with_a_long_solution_are_dropped_and_counted(write_pairs, tokeniz
 def test_solutions_end_with_the_end_token_and_prompts_do_not(write_pairs, tokenizer):
     data = select(write_pairs(make_records()), tokenizer)
     for pair in data.train:
-        assert pair.right.prompt_ids == pair.wrong.prompt_ids
-        assert pair.right.output_ids[-1] == pair.wrong.output_ids[-1] == tokenizer.eos_token_id
-        assert tokenizer.eos_token_id not in pair.right.prompt_ids
+        assert pair.right.solution.prompt_ids == pair.wrong.solution.prompt_ids
+        assert pair.right.solution.output_ids[-1] == pair.wrong.solution.output_ids[-1] == tokenizer.eos_token_id
+        assert tokenizer.eos_token_id not in pair.right.solution.prompt_ids
 
 
 # ---- the split ---------------------------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ def test_one_text_under_two_ids_is_one_problem(write_pairs, tokenizer):
     twins = [{**record, "problem_id": f"twin of {record['problem_id']}"} for record in records]
     for seed in range(20):
         data = select(write_pairs(records + twins), tokenizer, split_seed=seed)
-        prompts = [{pair.right.prompt_ids for pair in part} for part in (data.train, data.validation)]
+        prompts = [{pair.right.solution.prompt_ids for pair in part} for part in (data.train, data.validation)]
         assert not prompts[0] & prompts[1]
         assert len(prompts[1]) == 6
 
@@ -168,7 +168,9 @@ def test_a_file_gives_the_same_pairs_with_every_version_of_this_package(write_pa
         ["task-7c410dccb0f3", "task-a68311611c78", "task-ff21199eebd9"],
     ]
     outputs = {
-        name: [[pair.right.output_ids, pair.wrong.output_ids] for pair in data.validation + data.train]
+        name: [
+            [pair.right.solution.output_ids, pair.wrong.solution.output_ids] for pair in data.validation + data.train
+        ]
         for name, data in taken.items()
     }
     digests = {name: hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16] for name, ids in outputs.items()}
@@ -192,8 +194,8 @@ def test_too_few_problems(write_pairs, tokenizer):
 # ---- batches -----------------------------------------------------------------------------------------------------
 
 PAIRS = [
-    TokenPair("a", Solution((5, 6), (7, 1)), Solution((5, 6), (8, 9, 1))),
-    TokenPair("b", Solution((5,), (7, 7, 7, 1)), Solution((5,), (1,))),
+    pair_of("a", Solution((5, 6), (7, 1)), Solution((5, 6), (8, 9, 1))),
+    pair_of("b", Solution((5,), (7, 7, 7, 1)), Solution((5,), (1,))),
 ]
 
 
@@ -208,12 +210,12 @@ def test_a_batch_masks_prompt_and_padding():
 
 
 def test_a_batch_of_features_holds_the_output_tokens_only():
-    features = {side: torch.randn(len(side.output_ids), 3) for pair in PAIRS for side in (pair.right, pair.wrong)}
+    features = {side: torch.randn(len(side.output_ids), 3) for side in solutions_of(PAIRS)}
     batch = Collator(0, features)(PAIRS)
     assert batch.inputs.shape == (4, 4, 3)
     assert torch.equal(batch.loss_mask, batch.attention_mask)
     assert batch.loss_mask.sum(1).tolist() == [2, 4, 3, 1]
-    assert torch.equal(batch.inputs[2, :3], features[PAIRS[0].wrong])
+    assert torch.equal(batch.inputs[2, :3], features[PAIRS[0].wrong.solution])
     assert not batch.inputs[3, 1:].any()
 
 

@@ -19,10 +19,10 @@ from lambda_return_ext import compute_lambda_return
 from lambda_return_ext.critic.config import DataConfig, HeadConfig
 from lambda_return_ext.critic.data.batches import Collator
 from lambda_return_ext.critic.data.chat import Renderer
-from lambda_return_ext.critic.data.rollouts import tokenize
+from lambda_return_ext.critic.data.rollouts import solutions_of, tokenize
 from lambda_return_ext.critic.data.rows import parse_example
 from lambda_return_ext.critic.data.sources import Row, Source
-from lambda_return_ext.critic.data.split import read_examples, select_pairs
+from lambda_return_ext.critic.data.split import read_rows, select_data
 from lambda_return_ext.critic.errors import UserError
 from lambda_return_ext.critic.evaluation.baselines import likelihood_baseline
 from lambda_return_ext.critic.model.backbone import Backbone
@@ -39,7 +39,7 @@ def tokenizer(tiny_backbone):
 
 def select(path, tokenizer, **settings):
     config = DataConfig(path=str(path), **{"max_length": 64, "validation_problems": 2, **settings})
-    return select_pairs(read_examples(config)[0], tokenizer, config)
+    return select_data(read_rows(config), tokenizer, config)
 
 
 def parse(unlabelled=False, **values):
@@ -209,8 +209,8 @@ def test_completions_and_lists_are_pooled_by_problem(write_pairs, tokenizer):
     assert (data.train, data.validation) == (other.train, other.validation)
     fine, broken = (tokenizer.convert_tokens_to_ids(word) for word in ("fine", "broken"))
     for pair in data.train:
-        assert broken not in pair.right.output_ids
-        assert fine not in pair.wrong.output_ids
+        assert broken not in pair.right.solution.output_ids
+        assert fine not in pair.wrong.solution.output_ids
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,10 @@ def test_whole_conversations_share_their_beginning_as_the_prompt():
         ({"prompt": "w1", "correct": ["w2"]}, r"the key 'incorrect' must be there"),
         ({"prompt": "w1", "completion": "w2"}, r"the key 'label' must be there"),
         ({"completion": "w2", "label": True}, r"the key 'prompt' must be there"),
-        ({"prompt": "w1", "completion": "w2", "label": 0.5}, r"'label' must be true or false, 1 or 0, got 0.5"),
+        (
+            {"prompt": "w1", "completion": "w2", "label": 1.5},
+            r"'label' must be true or false, 1 or 0, or a number between, got 1.5",
+        ),
         ({"prompt": "w1", "correct": "w2", "incorrect": []}, r"'correct' must be a list of answers, got str"),
         ({"prompt": "w1", "correct": [], "incorrect": []}, r"must hold at least one answer, got none"),
         ({"prompt": "w1", "correct": ["w2", " "], "incorrect": []}, r"'correct\[1\]' must not be empty, got ' '"),
@@ -326,7 +329,7 @@ CONVERSATION = [USER, CALL, TOOL, RIGHT, {"role": "user", "content": "w7"}, {"ro
 def outputs_of(example, tokenizer, template=None):
     """For each answer the prompt's tokens and, of what follows, each with whether it counts."""
     named = []
-    for solution in tokenize([example], Renderer(tokenizer, template))[0]:
+    for solution, *_ in (rollout[1:] for rollout in tokenize([example], Renderer(tokenizer, template))[0]):
         mask = solution.output_mask or (True,) * len(solution.output_ids)
         prompt, output = (tokenizer.convert_ids_to_tokens(list(ids)) for ids in solution[:2])
         named.append((" ".join(prompt), " ".join(f"[{t}]" if m else t for t, m in zip(output, mask, strict=True))))
@@ -405,8 +408,8 @@ def test_gaps_reach_the_batch_and_change_nothing_but_the_mask(tiny_backbone, cha
     data = select(write_pairs(conversations()), chat_tokenizer)
     batch = Collator(0)(data.train)
     for row, pair in enumerate([*(p.right for p in data.train), *(p.wrong for p in data.train)]):
-        start, end = len(pair.prompt_ids), pair.length
-        assert batch.loss_mask[row, start:end].tolist() == list(pair.output_mask)
+        start, end = len(pair.solution.prompt_ids), pair.length
+        assert batch.loss_mask[row, start:end].tolist() == list(pair.solution.output_mask)
         assert batch.loss_mask[row].sum() == pair.outputs == 6
         assert not batch.loss_mask[row, :start].any()
         assert not batch.loss_mask[row, end:].any()
@@ -417,7 +420,7 @@ def test_gaps_reach_the_batch_and_change_nothing_but_the_mask(tiny_backbone, cha
     assert torch.equal(*targets)
     # Cached features are those of the whole forward, gaps included.
     model = ValueModel(Backbone(str(tiny_backbone)).base_model(None, 64), HeadConfig(type="linear"), None, True).eval()
-    features = compute_features(model.backbone, group_by_prompt(data.train), lambda tokens: None)
+    features = compute_features(model.backbone, group_by_prompt(solutions_of(data.train)), lambda tokens: None)
     cached = Collator(0, features)(data.train)
     with torch.no_grad():
         whole, short = (model(b.inputs, b.attention_mask)[b.loss_mask] for b in (batch, cached))
@@ -428,7 +431,8 @@ def test_the_likelihood_of_an_answer_leaves_its_gaps_out(tiny_backbone, chat_tok
     pairs = select(write_pairs(conversations()), chat_tokenizer).train
     model = Backbone(str(tiny_backbone)).language_model().eval()
 
-    def mean_log_probability(solution):
+    def mean_log_probability(rollout):
+        solution = rollout.solution
         ids = torch.tensor([solution.prompt_ids + solution.output_ids])
         with torch.no_grad():
             log_probabilities = model(input_ids=ids).logits.log_softmax(-1)
@@ -437,7 +441,7 @@ def test_the_likelihood_of_an_answer_leaves_its_gaps_out(tiny_backbone, chat_tok
         return sum(log_probabilities[0, i - 1, ids[0, i]].item() for i in counted) / len(counted)
 
     expected = sum(mean_log_probability(pair.right) > mean_log_probability(pair.wrong) for pair in pairs) / len(pairs)
-    assert likelihood_baseline(model, pairs, group_by_prompt(pairs), lambda tokens: None) == expected
+    assert likelihood_baseline(model, pairs, group_by_prompt(solutions_of(pairs)), lambda tokens: None) == expected
 
 
 CHATS = [
@@ -519,7 +523,7 @@ def test_pairs_of_one_length_bin_leave_no_signal_in_the_length(write_pairs, toke
     assert all(pair.right.outputs // 2 == pair.wrong.outputs // 2 for pair in data.train + data.validation)
     assert abs(binned["mean_length_right"] - binned["mean_length_wrong"]) < 1
     assert abs(binned["right_shorter"] - binned["right_longer"]) < 0.2
-    assert data.dropped["solutions without a partner of the other label in their bin of data.length_bin"] > 0
+    assert data.dropped["solutions without a partner of another reward in their bin of data.length_bin"] > 0
     # Given pairs are kept or dropped as they are.
     given = [{"prompt": f"w{i}", "chosen": "w1 w2 w3", "rejected": "w1 " * (2 + i)} for i in range(6)]
     kept = select(write_pairs(given), tokenizer, length_bin=4, validation_problems=1)
@@ -539,7 +543,7 @@ def test_everything_left_out_is_counted(write_pairs, tokenizer):
         "pairs whose two sides are the same": 1,
         "repeated pairs": 1,
         "repeated solutions": 1,
-        "solutions that are labelled both right and wrong": 1,
+        "solutions that have more than one reward": 1,
         "solutions that do not fit into data.max_length": 1,
         "problems without a pair": 2,
     }
@@ -575,11 +579,11 @@ def test_a_prompt_may_lose_its_beginning_and_both_sides_the_same(write_pairs, to
     data = select(write_pairs(records), tokenizer, max_length=12, overlong="truncate_prompt", validation_problems=1)
     assert data.truncated == data.report()["truncated_prompts"] == 2
     for pair in data.train + data.validation:
-        assert pair.right.prompt_ids == pair.wrong.prompt_ids
+        assert pair.right.solution.prompt_ids == pair.wrong.solution.prompt_ids
         assert pair.length <= 12
-        assert tokenizer.convert_ids_to_tokens(pair.right.output_ids) == ["w1", "w2", "w3", "<end>"]
-    cut = max(data.train + data.validation, key=lambda pair: pair.right.prompt_ids)
-    assert tokenizer.decode(list(cut.right.prompt_ids)).split() == WORDS[8:16]
+        assert tokenizer.convert_ids_to_tokens(pair.right.solution.output_ids) == ["w1", "w2", "w3", "<end>"]
+    cut = max(data.train + data.validation, key=lambda pair: pair.right.solution.prompt_ids)
+    assert tokenizer.decode(list(cut.right.solution.prompt_ids)).split() == WORDS[8:16]
 
 
 def test_the_report_counts_tokens(write_pairs, tokenizer):
@@ -610,5 +614,5 @@ def test_batches_are_padded_to_multiples(write_pairs, tokenizer):
         assert torch.equal(getattr(padded, name)[:, :longest], getattr(plain, name))
         assert not getattr(padded, name)[:, longest:].any()
     assert padded.tokens == plain.tokens
-    features = {side: torch.randn(len(side.output_ids), 3) for pair in pairs for side in pair[1:]}
+    features = {side: torch.randn(len(side.output_ids), 3) for side in solutions_of(pairs)}
     assert Collator(0, features, 8)(pairs).inputs.shape[1] % 8 == 0

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from lambda_return_ext import compute_lambda_return
 from lambda_return_ext.critic import checkpoint
 from lambda_return_ext.critic.cli import main
+from lambda_return_ext.critic.data.rollouts import solutions_of
 from lambda_return_ext.critic.evaluation import scoring
 from lambda_return_ext.critic.evaluation.scoring import load_critic, score_file
 from lambda_return_ext.critic.task import load_run
@@ -158,7 +159,7 @@ def test_a_parquet_file_is_written_in_large_groups_with_few_rows_in_memory(tmp_p
     columns |= {"problem_id": "p", "answer": "chosen", "reward": 1.0, "prompt_tokens": 3}
     columns |= {"token_ids": [*range(100)], "mask": [True] * 100}
     before, held = pyarrow.total_allocated_bytes(), []
-    with scoring._write_parquet(tmp_path / "scores.parquet") as write:
+    with scoring._write_parquet(tmp_path / "scores.parquet", scoring.VALUES) as write:
         for start in range(0, 6400, 64):
             write([{"row": row, **columns} for row in range(start, start + 64)])
             held.append(pyarrow.total_allocated_bytes() - before)
@@ -242,7 +243,7 @@ def test_prompts_are_cut_as_in_training(train, run_dir, write_pairs, tmp_path, c
     out = capsys.readouterr().out
     assert "left out" not in out
     assert f"cut the beginning of the prompt of {2 * task.data.truncated} answers" in out
-    trained = {side: pair for pair in task.data.train + task.data.validation for side in pair[1:]}
+    trained = list(solutions_of([*task.data.train, *task.data.validation]))
     lengths = {(side.output_ids, len(side.prompt_ids)) for side in trained}
     scored = records_of(tmp_path / "scores.jsonl")
     assert {(tuple(record["token_ids"]), record["prompt_tokens"]) for record in scored} == lengths

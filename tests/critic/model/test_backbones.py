@@ -10,15 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from critic_testing import VOCABULARY, save_backbone, steps_of
+from critic_testing import VOCABULARY, pair_of, save_backbone, steps_of
 from transformers import AutoModelForTokenClassification
 
 from lambda_return_ext.critic import checkpoint
 from lambda_return_ext.critic.cli import main
 from lambda_return_ext.critic.config import HeadConfig, LoraConfig, ModelConfig, TrainingConfig
 from lambda_return_ext.critic.data.batches import Collator
-from lambda_return_ext.critic.data.pairs import TokenPair
-from lambda_return_ext.critic.data.rollouts import Solution
+from lambda_return_ext.critic.data.rollouts import Solution, solutions_of
 from lambda_return_ext.critic.errors import UserError
 from lambda_return_ext.critic.evaluation import baselines
 from lambda_return_ext.critic.model.backbone import Backbone
@@ -146,8 +145,8 @@ def test_a_linear_head_on_a_bfloat16_backbone_keeps_its_precision(tiny_backbone,
 def test_recurrent_layers_have_features_and_refuse_packing(tiny_backbone):
     model = ValueModel(make_backbone("Qwen3Next", **MIXTURE), HeadConfig(type="linear"), None, True).eval()
     prompt = (5, 6, 7)
-    pair = TokenPair("p", Solution(prompt, (8, 9)), Solution(prompt, (10, 11, 12, 13)))
-    features = compute_features(model.backbone, group_by_prompt([pair]), lambda tokens: None)
+    pair = pair_of("p", Solution(prompt, (8, 9)), Solution(prompt, (10, 11, 12, 13)))
+    features = compute_features(model.backbone, group_by_prompt(solutions_of([pair])), lambda tokens: None)
     whole, cached = Collator(0)([pair]), Collator(0, features)([pair])
     with torch.no_grad():
         expected = model(whole.inputs, whole.attention_mask)[whole.loss_mask]
@@ -176,7 +175,7 @@ def test_log_likelihoods_are_those_of_the_whole_forward_and_few_logits_are_there
     prompt = (5, 6, 7)
     gaps = (True, False, True, True, False, True)
     solutions = [Solution(prompt, (8, 9)), Solution(prompt, (10, 11, 12, 13, 14, 15), gaps), Solution(prompt, (16,))]
-    (group,) = group_by_prompt([TokenPair("p", solutions[0], other) for other in solutions[1:]])
+    (group,) = group_by_prompt(solutions)
 
     def from_whole(solution):
         ids = torch.tensor([solution.prompt_ids + solution.output_ids])

@@ -5,13 +5,12 @@ import json
 
 import pytest
 import torch
-from critic_testing import make_records
+from critic_testing import make_records, pair_of
 
 from lambda_return_ext.critic.config import DataConfig, HeadConfig
 from lambda_return_ext.critic.data.batches import Collator
-from lambda_return_ext.critic.data.pairs import TokenPair
-from lambda_return_ext.critic.data.rollouts import Solution
-from lambda_return_ext.critic.data.split import read_examples, select_pairs
+from lambda_return_ext.critic.data.rollouts import Solution, solutions_of
+from lambda_return_ext.critic.data.split import read_rows, select_data
 from lambda_return_ext.critic.errors import UserError
 from lambda_return_ext.critic.evaluation.baselines import likelihood_baseline
 from lambda_return_ext.critic.model import features as features_module
@@ -32,7 +31,7 @@ def pairs(tiny_backbone, tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in make_records()), encoding="utf-8")
     config = DataConfig(path=str(path), max_length=64, validation_problems=6)
-    return select_pairs(read_examples(config)[0], Backbone(str(tiny_backbone)).tokenizer(), config).train
+    return select_data(read_rows(config), Backbone(str(tiny_backbone)).tokenizer(), config).train
 
 
 @pytest.mark.parametrize("head", HEADS, ids=lambda head: head.type)
@@ -83,10 +82,10 @@ def test_padding_and_the_other_rows_change_no_value(tiny_backbone, pairs):
 def test_cached_features_give_the_values_of_the_whole_forward(tiny_backbone, pairs):
     model = build(tiny_backbone, bias_init=None).eval()
     done = []
-    groups = group_by_prompt(pairs + pairs)
+    groups = group_by_prompt(solutions_of(pairs + pairs))
     features = compute_features(model.backbone, groups, done.append)
     assert sum(done) == sum(group.tokens for group in groups)
-    assert set(features) == {side for pair in pairs for side in (pair.right, pair.wrong)}
+    assert set(features) == set(solutions_of(pairs))
     whole, cached = Collator(0)(pairs), Collator(0, features)(pairs)
     with torch.no_grad():
         expected = model(whole.inputs, whole.attention_mask)[whole.loss_mask]
@@ -96,8 +95,8 @@ def test_cached_features_give_the_values_of_the_whole_forward(tiny_backbone, pai
 
 def test_many_solutions_of_one_prompt_are_split_into_parts():
     solutions = [Solution((1, 2), (3,) * length) for length in range(1, 71)]
-    pairs = [TokenPair("p", solution, solutions[0]) for solution in solutions]
-    groups = group_by_prompt(pairs)
+    pairs = [pair_of("p", solution, solutions[0]) for solution in solutions]
+    groups = group_by_prompt(solutions_of(pairs))
     assert [len(group.solutions) for group in groups] == [32, 32, 6]
     assert {solution for group in groups for solution in group.solutions} == set(solutions)
     assert groups[0].tokens == 2 + sum(range(1, 33))
@@ -106,7 +105,7 @@ def test_many_solutions_of_one_prompt_are_split_into_parts():
 def test_solutions_of_many_tokens_are_read_a_few_at_a_time(monkeypatch):
     monkeypatch.setattr(features_module, "TOKENS_AT_ONCE", 24)
     solutions = [Solution((1, 2), (3,) * length) for length in (2, 3, 4, 5, 10, 10, 11, 40)]
-    groups = group_by_prompt([TokenPair("p", solutions[0], solution) for solution in solutions])
+    groups = group_by_prompt(solutions)
     assert [[len(solution.output_ids) for solution in group.solutions] for group in groups] == [
         [2, 3, 4],
         [5, 10],
@@ -154,11 +153,11 @@ def test_the_packaged_backbone(tmp_path):
     prompt = tuple(tokenizer("Add two numbers.\n```python\n")["input_ids"])
     texts = ["def add(a, b):\n    return a + b", "def add(a, b):\n    return a - b"]
     right, wrong = (Solution(prompt, (*tokenizer(text)["input_ids"], tokenizer.eos_token_id)) for text in texts)
-    pair = TokenPair("add", right, wrong)
+    pair = pair_of("add", right, wrong)
     torch.manual_seed(0)
     model = ValueModel(backbone.base_model(4, 64), HEADS[1], None, backbone_frozen=True).eval()
     assert len(model.backbone.layers) == 4
-    features = compute_features(model.backbone, group_by_prompt([pair]), lambda tokens: None)
+    features = compute_features(model.backbone, group_by_prompt(solutions_of([pair])), lambda tokens: None)
     whole, cached = Collator(0)([pair]), Collator(0, features)([pair])
     with torch.no_grad():
         expected = model(whole.inputs, whole.attention_mask)[whole.loss_mask]
@@ -170,4 +169,6 @@ def test_the_packaged_backbone(tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(again(whole.inputs, whole.attention_mask)[whole.loss_mask], expected)
     language_model = backbone.language_model().eval()
-    assert likelihood_baseline(language_model, [pair], group_by_prompt([pair]), lambda tokens: None) == 1.0
+    assert (
+        likelihood_baseline(language_model, [pair], group_by_prompt(solutions_of([pair])), lambda tokens: None) == 1.0
+    )

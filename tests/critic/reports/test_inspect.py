@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from critic_testing import batch_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -37,7 +38,7 @@ def test_credit_is_the_target_the_advantage_and_the_one_step_error():
     values, mask = torch.rand(3, 7), torch.rand(3, 7) > 0.4
     rewards = torch.tensor([1.0, 0.0, 1.0])
     poisoned = values.masked_fill(~mask, float("nan"))
-    credit = assign_credit(poisoned, mask, rewards, 0.9, 0.8)
+    credit = assign_credit(poisoned, batch_of(mask, mask, rewards), 0.9, 0.8)
     torch.testing.assert_close(credit.targets, reference_return(values, rewards, mask, 0.9, 0.8))
     torch.testing.assert_close(credit.advantages, (credit.targets - values) * mask)
     for row in range(3):
@@ -112,8 +113,8 @@ def test_what_inspect_refuses(config_file, tmp_path, capsys):
 
 def solution(texts, values, reward, mask=None):
     mask = mask or [1] * len(texts)
-    tensors = torch.tensor([values]), torch.tensor([mask]).bool()
-    credit = Credit(*(part[0] for part in assign_credit(*tensors, torch.tensor([reward]), 1.0, 0.95)))
+    batch = batch_of(*[torch.tensor([mask]).bool()] * 2, torch.tensor([reward]))
+    credit = Credit(*(part[0] for part in assign_credit(torch.tensor([values]), batch, 1.0, 0.95)[:5]))
     rows = {"v": credit.values, "g": credit.targets, "a": credit.advantages, "d": credit.td_errors}
     lists = {name: [round(x, 6) for x in row.tolist()] for name, row in rows.items()}
     counted = [v for v, one in zip(values, mask, strict=True) if one]

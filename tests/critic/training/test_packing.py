@@ -1,21 +1,22 @@
 """Packed batches: the same sequences, values, losses and gradients as padded ones, without the padding."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
+from critic_testing import pair_of
 from test_losses_and_metrics import pair
 
 from lambda_return_ext.critic.config import HeadConfig, LambdaReturnConfig, ValueLossConfig
 from lambda_return_ext.critic.data.batches import Collator
-from lambda_return_ext.critic.data.pairs import TokenPair
-from lambda_return_ext.critic.data.rollouts import Solution
+from lambda_return_ext.critic.data.rollouts import Solution, solutions_of
 from lambda_return_ext.critic.losses import value_loss
 from lambda_return_ext.critic.model.backbone import Backbone
 from lambda_return_ext.critic.model.features import compute_features, group_by_prompt
 from lambda_return_ext.critic.model.value_model import ValueModel
 
-GAPPED = TokenPair(
+GAPPED = pair_of(
     "p",
     Solution((9, 8), (4, 9, 9, 6), (True, False, False, True)),
     Solution((9, 8), (1, 7, 3, 8, 5), (True, False, True, False, True)),
@@ -32,7 +33,8 @@ def in_rows(batch, packed):
 def test_a_packed_batch_holds_the_rows_of_the_padded_one(multiple):
     padded, packed = Collator(0).pad(PAIRS), Collator(0, multiple=multiple, packed=True)(PAIRS)
     assert packed.inputs.shape[0] % multiple == 0
-    assert packed.packing.right_tokens == padded.attention_mask[:4].sum()
+    assert torch.equal(packed.upper, padded.upper)
+    assert packed.upper.tolist() == [True] * 4 + [False] * 4
     assert packed.tokens == padded.tokens == packed.attention_mask.sum()
     for name in ("inputs", "loss_mask"):
         rows = in_rows(packed, getattr(packed, name))
@@ -58,14 +60,14 @@ def test_loss_and_gradient_are_those_of_the_padded_batch(tiny_backbone, cached, 
     torch.manual_seed(0)
     backbone = Backbone(str(tiny_backbone)).base_model(None, 64)
     model = ValueModel(backbone, HeadConfig(hidden_size=16), None, backbone_frozen=cached)
-    features = compute_features(backbone, group_by_prompt(PAIRS), lambda tokens: None) if cached else None
+    features = compute_features(backbone, group_by_prompt(solutions_of(PAIRS)), lambda tokens: None) if cached else None
     collate = Collator(0, features, multiple=8)
     results = []
     for batch in (collate.pad(PAIRS), collate.pack(PAIRS)):
         values = model(batch.inputs, batch.attention_mask, batch.packing and batch.packing.cu_seqlens)
         assert values.shape == batch.loss_mask.shape
-        mask = batch.last_tokens() if warmup else batch.loss_mask
-        loss, terms = value_loss(config, values, batch.attention_mask, mask, batch.terminal_rewards, batch.packing)
+        seen = replace(batch, loss_mask=batch.last_tokens()) if warmup else batch
+        loss, terms = value_loss(config, values, seen)
         model.zero_grad(set_to_none=True)
         loss.backward()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]

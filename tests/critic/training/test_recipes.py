@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from critic_testing import VOCABULARY, content, make_records, save_backbone, steps_of, without_timing
+from critic_testing import VOCABULARY, batch_of, content, make_records, save_backbone, steps_of, without_timing
 from test_backbones import make_backbone
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -107,16 +107,18 @@ def test_each_recipe_is_its_formula(error, reduction, window, packed):
     lam = torch.tensor(0.7, dtype=torch.float64)
     if packed:
         lengths = attention_mask.sum(1)
-        packing = Packing(nn.functional.pad(lengths.cumsum(0), (1, 0)).int(), int(lengths[:3].sum()))
+        packing = Packing(nn.functional.pad(lengths.cumsum(0), (1, 0)).int())
         flat = values[attention_mask], torch.ones(int(lengths.sum()), dtype=torch.bool), loss_mask[attention_mask]
         flat_seen = flat[2] if window is None else window_mask(flat[2], packing, where, window)
         assert torch.equal(flat_seen, seen[attention_mask])
         everything = None if window is None else flat[2]
-        loss, _ = value_loss(config, flat[0], flat[1], flat_seen, rewards, packing, None, lam, everything)
-        assert torch.equal(count_terms(config, flat_seen, packing), count_terms(config, seen))
+        batch = batch_of(flat[1], flat_seen, rewards, packing, everything)
+        loss, _ = value_loss(config, flat[0], batch, None, lam)
+        padded = batch_of(attention_mask, seen, rewards)
+        assert torch.equal(count_terms(config, batch), count_terms(config, padded))
     else:
         everything = None if window is None else loss_mask
-        loss, _ = value_loss(config, values, attention_mask, seen, rewards, None, None, lam, everything)
+        loss, _ = value_loss(config, values, batch_of(attention_mask, seen, rewards, None, everything), None, lam)
     torch.testing.assert_close(loss, expected)
     (gradient,) = torch.autograd.grad(loss, values)
     torch.testing.assert_close(gradient, expected_gradient)
