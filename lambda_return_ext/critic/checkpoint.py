@@ -99,8 +99,9 @@ def check_run_dir(config: Config, resume: bool, overwrite: bool) -> None:
         raise UserError(f"run_dir = {run_dir} is not empty and holds no {CONFIG}, so it is no run: choose another")
     if resume:
         before, now = flatten(load_config(saved).model_dump()), flatten(config.model_dump())
-        differ = [key for key in now if now[key] != before[key] and key not in MAY_CHANGE]
-        changed = [f"{key} was {before[key]!r} and is now {now[key]!r}" for key in differ]
+        keys = dict.fromkeys((*now, *before))  # of a mapping such as data.columns each may have others
+        differ = [key for key in keys if now.get(key) != before.get(key) and key not in MAY_CHANGE]
+        changed = [f"{key} was {before.get(key)!r} and is now {now.get(key)!r}" for key in differ]
         if changed:
             raise UserError(f"--resume must have the configuration of the run in {run_dir}: {'; '.join(changed)}")
 

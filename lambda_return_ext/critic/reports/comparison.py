@@ -86,8 +86,8 @@ def print_configs(display: Display, runs: Sequence[Run]) -> None:
     table = Table()
     for title in ("", *(run.name for run in runs)):
         table.add_column(title, overflow="fold")
-    for key in runs[0].config:
-        values = [run.config[key] for run in runs]
+    for key in dict.fromkeys(key for run in runs for key in run.config):
+        values = [run.config.get(key) for run in runs]
         if key not in PLACES and any(value != values[0] for value in values):
             table.add_row(key, *("null" if value is None else str(value) for value in values))
     if table.row_count:

@@ -5,33 +5,35 @@ from __future__ import annotations
 import html
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from lambda_return_ext.critic import checkpoint, files
+from lambda_return_ext.critic.config import ValuePosition
 from lambda_return_ext.critic.data.pairs import TokenPair
-from lambda_return_ext.critic.data.rollouts import Solution
+from lambda_return_ext.critic.data.rollouts import Rollout
+from lambda_return_ext.critic.data.split import Item
 from lambda_return_ext.critic.display import Display
 from lambda_return_ext.critic.errors import UserError
-from lambda_return_ext.critic.evaluation.credit import Credit, credit_solutions
-from lambda_return_ext.critic.evaluation.validation import pairs_of
-from lambda_return_ext.critic.task import Task, build_collator, load_run
+from lambda_return_ext.critic.evaluation.credit import Credit, credit_solutions, value_changes
+from lambda_return_ext.critic.task import Task, build_collator, load_run, midpoint
 
 LARGEST_DROPS = 3
+SIDES = ("right", "wrong")  # of a pair; a rollout alone has the first place
 GAMMA, LAMBDA, MINUS = "\N{GREEK SMALL LETTER GAMMA}", "\N{GREEK SMALL LETTER LAMDA}", "\N{MINUS SIGN}"
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 def inspect_run(run: str, pairs: int, output: str | None = None) -> Path:
-    """Write the page of a run's validation pairs and return its path.
+    """Write the page of a run's validation pairs or rollouts and return its path.
 
     Args:
         run: folder of the run.
-        pairs: so many pairs at most, evenly spread over the margins.
+        pairs: so many pairs or rollouts at most, evenly spread over their margins.
         output: the file to write; None means `inspect.html` in the run folder.
 
     Raises:
@@ -42,50 +44,88 @@ def inspect_run(run: str, pairs: int, output: str | None = None) -> Path:
     path = Path(output) if output else Path(run) / checkpoint.INSPECT
     display = Display()
     task, state = load_run(run)
-    shown = [*credited_pairs(task, display)]
-    shown.sort(key=lambda item: item[1])
+    of_pairs = task.config.data.sampling == "pairs"
+    kind = "pairs" if of_pairs else "rollouts"
+    shown = [*credited_items(task, display)]
+    shown.sort(key=lambda item: item.margin)
+    measured = state["metrics"]
     facts = [
-        ("pairwise accuracy, validation", f"{state['metrics']['validation/pairwise_accuracy']:.3f}"),
-        ("mean margin, validation", f"{state['metrics']['validation/margin']:+.2g}".replace("-", MINUS)),
-        ("validation pairs", f"{len(shown):,}"),
+        (f"{title}, validation", f"{measured[f'validation/{key}']:{style}}".replace("-", MINUS))
+        for title, key, style in (
+            ("pairwise accuracy", "pairwise_accuracy", ".3f"),
+            ("mean margin", "margin", "+.2g"),
+            *([] if of_pairs else [("explained variance", "explained_variance", ".3f")]),
+        )
+        if f"validation/{key}" in measured
     ]
+    facts.append((f"validation {kind}", f"{len(shown):,}"))
     if len(shown) > pairs:
         shown = [shown[round(i * (len(shown) - 1) / max(pairs - 1, 1))] for i in range(pairs)]
     tokenizer = task.backbone.tokenizer()
     gamma, lam = task.config.training.value_loss.gamma_lam
+    totals = [rollout.total for rollout in task.data.rollouts]
     content = {
         "title": f"What the critic says, token by token: {Path(run).name}",
         "about": (
-            f"{len(shown)} pairs of problems that the critic was never trained on, under the best checkpoint "
+            f"{len(shown)} {kind} of problems that the critic was never trained on, under the best checkpoint "
             f"(step {state['step']}); the target has {GAMMA} = {gamma:g} and {LAMBDA} = {lam:g}. "
             "Point at a token for its numbers."
         ),
-        "facts": [*facts, ("pairs on this page", f"{len(shown):,}")],
-        "pairs": [describe_pair(tokenizer, pair, margin, *sides) for pair, margin, *sides in shown],
+        "facts": [*facts, (f"{kind} on this page", f"{len(shown):,}")],
+        "kind": kind,
+        "sides": list(SIDES if of_pairs else SIDES[:1]),
+        "position": task.config.model.value_position,
+        "rewards": [min(0.0, *totals), max(1.0, *totals)],
+        "pairs": [describe_item(tokenizer, item, task.config.model.value_position) for item in shown],
     }
     try:
         files.write_text(path, render_page(content))
     except OSError as error:
         raise UserError(f"--output must be a file that can be written, got {str(path)!r}: {error}") from error
-    display.line(f"wrote {path}: {len(shown)} pairs; open it in a browser")
+    display.line(f"wrote {path}: {len(shown)} {kind}; open it in a browser")
     return path
 
 
-def credited_pairs(task: Task, display: Display) -> list[tuple[TokenPair, float, Credit, Credit]]:
-    """Each validation pair with its margin and the credit of its right and its wrong solution."""
+class Shown(NamedTuple):
+    """A pair or a rollout with what the critic says of it.
+
+    Attributes:
+        item: the pair or rollout.
+        margin: of a pair, mean value of right minus wrong; of a rollout, minus the distance of its last value from its
+            reward. The page shows the lowest first.
+        misjudged: a pair whose wrong side is above, or a rollout whose last value is nearer to the other half.
+        credits: of each of its rollouts.
+    """
+
+    item: Item
+    margin: float
+    misjudged: bool
+    credits: tuple[Credit, ...]
+
+
+def credited_items(task: Task, display: Display) -> Iterator[Shown]:
+    """Each validation pair or rollout with the credit of its rollouts."""
     gamma, lam = task.config.training.value_loss.gamma_lam
+    position, middle = task.config.model.value_position, midpoint(task.data.train)
     collate = build_collator(task, task.data.validation, display)
-    pairs = sorted(pairs_of(task.data.validation), key=lambda pair: pair.length)
+    items = sorted(task.data.validation, key=lambda item: item.length)
     size = task.config.evaluation.batch_size
     task.model.eval()
-    credited = []
-    for start in range(0, len(pairs), size):
-        part = pairs[start : start + size]
-        solutions = [pair.right.solution for pair in part] + [pair.wrong.solution for pair in part]
-        credits = credit_solutions(task.model, collate.pad(part).to(task.device), solutions, gamma, lam)
-        for pair, right, wrong in zip(part, credits[: len(part)], credits[len(part) :], strict=True):
-            credited.append((pair, mean_value(right) - mean_value(wrong), right, wrong))
-    return credited
+    for start in range(0, len(items), size):
+        part = items[start : start + size]
+        # As in a batch: the first rollout of all items before the second of any.
+        rollouts = [rollout for side in zip(*(item.rollouts for item in part), strict=True) for rollout in side]
+        batch = collate.pad(part).to(task.device)
+        solutions = [rollout.solution for rollout in rollouts]
+        credits = credit_solutions(task.model, batch, solutions, gamma, lam, position)
+        for k, item in enumerate(part):
+            own = tuple(credits[k :: len(part)])
+            if isinstance(item, TokenPair):
+                margin = mean_value(own[0]) - mean_value(own[1])
+                yield Shown(item, margin, margin <= 0, own)
+            else:
+                last = verdict(own[0])
+                yield Shown(item, -abs(last - item.total), (last >= middle) != (item.total >= middle), own)
 
 
 def mean_value(credit: Credit) -> float:
@@ -93,30 +133,47 @@ def mean_value(credit: Credit) -> float:
     return credit.values[credit.mask].double().mean().item()
 
 
-def describe_pair(tokenizer: Any, pair: TokenPair, margin: float, right: Credit, wrong: Credit) -> dict[str, Any]:
-    """One pair as the page reads it."""
-    differs = first_difference(pair.right.solution.output_ids, pair.wrong.solution.output_ids)
+def verdict(credit: Credit) -> float:
+    """The last value of one solution: after its last token where there is one, else before it."""
+    values = credit.values if credit.values_after is None else credit.values_after
+    return values[credit.mask][-1].item()
+
+
+def describe_item(tokenizer: Any, shown: Shown, position: ValuePosition) -> dict[str, Any]:
+    """One pair or rollout as the page reads it."""
+    item, rollouts = shown.item, shown.item.rollouts
+    differs = first_difference(*(rollout.solution.output_ids for rollout in rollouts)) if len(rollouts) > 1 else 0
+    sides = zip(SIDES, rollouts, shown.credits, strict=False)
     return {
-        "problem": pair.problem,
-        "margin": _short(margin),
+        "problem": item.problem,
+        "margin": _short(shown.margin),
+        "misjudged": shown.misjudged,
         "differs": differs,
-        "prompt": "".join(token_texts(tokenizer, pair.right.solution.prompt_ids)),
-        "right": describe_solution(tokenizer, pair.right.solution, right, differs),
-        "wrong": describe_solution(tokenizer, pair.wrong.solution, wrong, differs),
+        "prompt": "".join(token_texts(tokenizer, rollouts[0].solution.prompt_ids)),
+        **{name: describe_rollout(tokenizer, one, credit, differs, position) for name, one, credit in sides},
     }
 
 
-def describe_solution(tokenizer: Any, solution: Solution, credit: Credit, differs: int) -> dict[str, Any]:
-    """Texts `t`, mask `m`, V, G, advantages and TD errors of what follows the prompt; mean V, and the largest drops."""
+def describe_rollout(
+    tokenizer: Any, rollout: Rollout, credit: Credit, differs: int, position: ValuePosition
+) -> dict[str, Any]:
+    """What follows the prompt, token by token.
+
+    Texts `t`, mask `m`, V `v`, changes of V `c`, targets `g`, advantages `a` and TD errors `d`; mean and last V, the
+    reward, and the largest drops. With values on both sides of a token, V is that after it.
+    """
     return {
-        "t": token_texts(tokenizer, solution.output_ids),
+        "t": token_texts(tokenizer, rollout.solution.output_ids),
         "m": credit.mask.int().tolist(),
-        "v": _list(credit.values),
+        "v": _list(credit.values if credit.values_after is None else credit.values_after),
+        "c": _list(value_changes(credit, position)),
         "g": _list(credit.targets),
         "a": _list(credit.advantages),
         "d": _list(credit.td_errors),
         "mean": _short(mean_value(credit)),
-        "drops": largest_drops(credit, differs),
+        "last": _short(verdict(credit)),
+        "reward": _short(rollout.total),
+        "drops": largest_drops(credit, differs, position),
     }
 
 
@@ -126,17 +183,14 @@ def first_difference(right: Sequence[int], wrong: Sequence[int]) -> int:
     return sum(1 for _ in same)
 
 
-def largest_drops(credit: Credit, start: int) -> list[int]:
-    """Positions from `start` on at which V falls most from one output token to the next, the largest first.
+def largest_drops(credit: Credit, start: int, position: ValuePosition = "after") -> list[int]:
+    """The tokens from `start` on that lowered V most when they were read, the largest drop first.
 
     What stands before the first difference is in the other solution too, so it cannot be where this one went wrong.
     """
-    positions = credit.mask.nonzero()[:, 0]
-    falls = -credit.values[positions].diff()
-    order = [
-        i for i in falls.argsort(descending=True, stable=True).tolist() if falls[i] > 0 and positions[i + 1] >= start
-    ]
-    return [int(positions[i + 1]) for i in order[:LARGEST_DROPS]]
+    falls = -value_changes(credit, position)
+    order = falls.argsort(descending=True, stable=True).tolist()
+    return [i for i in order if falls[i] > 0 and i >= start][:LARGEST_DROPS]
 
 
 def token_texts(tokenizer: Any, ids: tuple[int, ...]) -> list[str]:

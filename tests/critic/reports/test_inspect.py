@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lambda_return_ext.critic.cli import main
-from lambda_return_ext.critic.evaluation.credit import Credit, assign_credit
+from lambda_return_ext.critic.evaluation.credit import Credit, assign_credit, value_changes
 from lambda_return_ext.critic.reports.inspection import first_difference, largest_drops, render_page, token_texts
 from lambda_return_ext.reference import compute_lambda_return as reference_return
 
@@ -108,6 +108,35 @@ def test_what_inspect_refuses(config_file, tmp_path, capsys):
     assert "--output must be a file that can be written" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("position", ["after", "before", "both"])
+def test_a_page_of_rollouts_has_one_side_and_what_the_position_says(position, config_file, write_pairs, tmp_path):
+    rows = [
+        {"prompt": f"w{i} w2", "completion": f"w3 w{k} fine", "reward": float(k)} for i in range(9) for k in range(3)
+    ]
+    settings = [
+        "data.sampling=rollouts",
+        f"data.path={write_pairs(rows, 'rollouts.jsonl')}",
+        "data.validation_problems=3",
+    ]
+    run = ["train", "--config", str(config_file), *settings, "training.max_steps=4"]
+    assert main([*run, f"model.value_position={position}"]) == 0
+    assert main(["inspect", str(tmp_path / "run")]) == 0
+    page = page_data(tmp_path / "run" / "inspect.html")
+    assert (page["kind"], page["sides"], page["rewards"]) == ("rollouts", ["right"], [0.0, 2.0])
+    assert page["position"] == position
+    assert len(page["pairs"]) == 9
+    for item in page["pairs"]:
+        side = item["right"]
+        assert side["t"][0] == "w3"
+        assert item["margin"] == pytest.approx(-abs(side["last"] - side["reward"]), abs=1e-5)
+        assert item["misjudged"] == ((side["last"] >= 1.0) != (side["reward"] >= 1.0))
+        # Each token but the one at the edge changes V from that before it to that after it.
+        steps = {"after": range(1, 4), "before": range(3), "both": range(1, 4)}[position]
+        for i in steps:
+            change = side["v"][i + 1] - side["v"][i] if position == "before" else side["v"][i] - side["v"][i - 1]
+            assert side["c"][i] == pytest.approx(change, abs=1e-5)
+
+
 # ---- the browser -------------------------------------------------------------------------------------------------
 
 
@@ -115,17 +144,20 @@ def solution(texts, values, reward, mask=None):
     mask = mask or [1] * len(texts)
     batch = batch_of(*[torch.tensor([mask]).bool()] * 2, torch.tensor([reward]))
     credit = Credit(*(part[0] for part in assign_credit(torch.tensor([values]), batch, 1.0, 0.95)[:5]))
-    rows = {"v": credit.values, "g": credit.targets, "a": credit.advantages, "d": credit.td_errors}
+    changes = value_changes(credit, "after")
+    rows = {"v": credit.values, "c": changes, "g": credit.targets, "a": credit.advantages, "d": credit.td_errors}
     lists = {name: [round(x, 6) for x in row.tolist()] for name, row in rows.items()}
     counted = [v for v, one in zip(values, mask, strict=True) if one]
-    return {"t": texts, "m": mask, **lists, "mean": sum(counted) / len(counted), "drops": largest_drops(credit, 0)}
+    told = {"mean": sum(counted) / len(counted), "last": counted[-1], "reward": reward}
+    return {"t": texts, "m": mask, **lists, **told, "drops": largest_drops(credit, 0)}
 
 
 def make_pair(problem, right, wrong, mask=None):
     texts = [*HOSTILE, *(f" word{i}" for i in range(len(right) - len(HOSTILE)))]
     sides = {"right": solution(texts, right, 1.0), "wrong": solution(texts, wrong, 0.0, mask)}
     margin = sides["right"]["mean"] - sides["wrong"]["mean"]
-    return {"problem": problem, "margin": margin, "differs": 2, "prompt": f"prompt of {problem} <b>bold</b>", **sides}
+    facts = {"problem": problem, "margin": margin, "misjudged": margin <= 0, "differs": 2}
+    return {**facts, "prompt": f"prompt of {problem} <b>bold</b>", **sides}
 
 
 LOW, HIGH = [0.2, 0.3, 0.25, 0.2, 0.1, 0.15], [0.6, 0.7, 0.8, 0.75, 0.7, 0.9]
@@ -133,6 +165,10 @@ PAGE = {
     "title": "A title with <b>markup</b> & more",
     "about": "about <i>it</i>",
     "facts": [("pairs", "3")],
+    "kind": "pairs",
+    "sides": ["right", "wrong"],
+    "position": "after",
+    "rewards": [0.0, 1.0],
     "pairs": [
         make_pair("middle", HIGH, [0.5, 0.6, 0.65, 0.4, 0.45, 0.3]),
         make_pair("misranked", LOW, HIGH),
