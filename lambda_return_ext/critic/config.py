@@ -251,6 +251,11 @@ class Config(Section):
                 "a batch of single answers has no pairs to rank"
             )
         bias = self.training.value_loss.lambda_return.bias_init
+        if not self.model.head.bias and bias is not None:
+            raise ValueError(
+                "training.value_loss.lambda_return.bias_init must be null when model.head.bias is false: a head "
+                f"without a bias cannot start at a number, got {bias!r}"
+            )
         if self.model.head.type == "sigmoid" and isinstance(bias, float) and not 0.0 < bias < 1.0:
             raise ValueError(
                 "training.value_loss.lambda_return.bias_init must be between 0 and 1 when model.head.type is sigmoid, "

@@ -126,6 +126,7 @@ def export_run(run: str, output: str) -> None:
     if Path(output).exists():
         raise UserError(f"FOLDER must not exist yet, got {output!r}")
     critic = load_critic(run)
+    critic.model.backbone.config.value_position = critic.config.model.value_position
     try:
         with files.atomic_folder(Path(output)) as temporary:
             critic.model.to("cpu").save_pretrained(temporary)

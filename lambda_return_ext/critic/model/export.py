@@ -26,7 +26,10 @@ def token_classifier(backbone: Any, head: nn.Module) -> Any | None:
         return None
     setattr(whole, whole.base_model_prefix, backbone)
     # In float32 beside a bfloat16 backbone too, or margins smaller than its rounding would be lost.
-    classifier(whole).float().load_state_dict(head.state_dict())
+    linear = classifier(whole).float()
+    linear.load_state_dict(head.state_dict(), strict=False)
+    if "bias" not in head.state_dict():  # transformers' layer has one
+        nn.init.zeros_(linear.bias)
     return whole
 
 
