@@ -1,6 +1,9 @@
 // Every shipped launch function on the emulator: right, inside its bounds, and the same bits under every schedule.
 //
-// The plain build runs everything; the builds with sanitizers, which are slower but see more in each run, a part.
+//   cuda_kernel_test            every length, plan and type: one layout for each length, a few schedules
+//   cuda_kernel_test --sweep    every length in every layout, every schedule
+//
+// The builds with sanitizers, which are slower but see more in each run, run a part of the former.
 #include <algorithm>
 #include <type_traits>
 
@@ -11,10 +14,16 @@ namespace {
 
 using cuda_emulator::Order;
 
+bool sweep = false;
+
 // ThreadSanitizer creates the first 256 threads of a resident block in half a second: few blocks there.
 std::vector<ScheduleSpec> all_schedules() {
   if (CUDA_EMULATOR_TSAN) return {{Order::kRandom, 2, 3}, {Order::kDescending, 1, 2}};
   if (CUDA_EMULATOR_ASAN) return {{Order::kDescending, 1, 2}, {Order::kRandom, 2, 5}, {Order::kAscending, 1, 1}};
+  if (!sweep) {
+    return {{Order::kAscending, 1, 1},  {Order::kDescending, 1, 2}, {Order::kRandom, 1, 5},
+            {Order::kAscending, 1, 16}, {Order::kRandom, 2, 16},    {Order::kRandom, 3, 2}};
+  }
   std::vector<ScheduleSpec> specs;
   for (int resident : {1, 2, 5, 16}) {
     specs.push_back({Order::kAscending, 1, resident});
@@ -49,17 +58,19 @@ std::vector<ScheduleSpec> three_of(const std::vector<ScheduleSpec>& all, size_t 
 template <class scalar_t>
 void test_shapes(const std::vector<ScheduleSpec>& schedules) {
   constexpr int64_t kRows[] = {1, 2, 3, 5, 9};
+  constexpr size_t kLayouts = static_cast<size_t>(Layout::kCount), kMasks = static_cast<size_t>(MaskKind::kCount);
   size_t turn = 0;
   const auto test_length = [&](int64_t T, bool is_long) {
-    for (int layout = 0; layout < static_cast<int>(Layout::kCount); ++layout) {
+    const size_t number = turn / kLayouts;
+    for (int layout = 0; layout < static_cast<int>(kLayouts); ++layout) {
       const auto& [gamma, lam] = kDiscounts[turn % std::size(kDiscounts)];
       Case c{.B = is_long ? 1 + layout % 2 : kRows[turn % std::size(kRows)], .T = T};
       c.layout = static_cast<Layout>(layout);
-      c.mask = turn % 3 == 0 ? MaskKind::kGaps : static_cast<MaskKind>(turn % static_cast<size_t>(MaskKind::kCount));
+      c.mask = number % 3 == 0 ? MaskKind::kGaps : static_cast<MaskKind>((turn + number / kLayouts) % kMasks);
       c.gamma = gamma;
       c.lam = lam;
-      // Sanitizers: one layout a length, another one from length to length.
-      if (kPlain || static_cast<size_t>(layout) == turn / std::size(kDiscounts) % 6) {
+      // Without the sweep: one layout a length, another one from length to length.
+      if (sweep || static_cast<size_t>(layout) == number % kLayouts) {
         test_case<scalar_t>(c, layout == 0 && kIsFloat<scalar_t> ? schedules : three_of(schedules, turn));
       }
       ++turn;
@@ -321,4 +332,7 @@ int test_all() {
 }  // namespace
 }  // namespace lambda_return::cuda::testing
 
-int main() { return lambda_return::cuda::testing::test_all(); }
+int main(int argc, char** argv) {
+  lambda_return::cuda::testing::sweep = argc == 2 && std::string(argv[1]) == "--sweep";
+  return lambda_return::cuda::testing::test_all();
+}

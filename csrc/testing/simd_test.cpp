@@ -1,7 +1,8 @@
 // The vectorised CPU kernels of every instruction set against the recurrences of csrc/kernels, token by token.
 //
-// On a processor with AVX2 the 16-lane kernels are also compiled for AVX2, every vector in two halves: the same source,
-// lane layout and roundings as on AVX-512, so that they are tested where that is missing.
+// With LAMBDA_RETURN_TEST_HALVES it checks, on a processor with AVX2, the 16-lane kernels compiled for AVX2 alone,
+// every vector in two halves: the same source, lane layout and roundings as on AVX-512, so that they are tested where
+// that is missing.
 #include "cpu/simd/instruction_set.h"
 
 #include <cmath>
@@ -16,7 +17,7 @@
 #include "kernels/lambda_value_loss.h"
 #include "kernels/masked_mse.h"
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && defined(LAMBDA_RETURN_TEST_HALVES)
 #pragma GCC diagnostic ignored "-Wpsabi"  // as in portable.cpp
 #define LAMBDA_RETURN_TARGET "avx2,fma,f16c"
 #define LAMBDA_RETURN_LANES 16
@@ -476,10 +477,11 @@ void check_set(const InstructionSet& set) {
 }  // namespace
 
 int main() {
+#if !defined(LAMBDA_RETURN_TEST_HALVES)
   for (const InstructionSet* set : {portable(), avx2(), avx512()}) {
     if (set != nullptr) check_set(*set);
   }
-#if defined(__x86_64__)
+#elif defined(__x86_64__)
   if (avx2() != nullptr) {
     static constexpr InstructionSet halves = instruction_set_named("avx512 in halves");
     check_set(halves);

@@ -1,11 +1,7 @@
 """The CUDA kernels under the emulator, called in a process of their own: a fault that it reports ends that process."""
 
 import importlib
-import importlib.util
 import math
-import os
-import shutil
-import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -17,32 +13,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock  # which torch needs itself
+from native_build import native_build, why_no_emulated_kernels
 from torch import Tensor
 
-REPOSITORY = Path(__file__).parents[2]
 
-
-def build_emulated_kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the Python module, once a session, and return its folder; skip where a machine lacks what it takes."""
-    temporary = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:  # the first process builds for all
-        temporary = temporary.parent
-    folder = temporary / "emulated_kernels"
-    if not shutil.which("cmake") or importlib.util.find_spec("pybind11") is None or not (REPOSITORY / "csrc").is_dir():
-        pytest.skip("the emulated CUDA kernels need the source tree, cmake and pybind11")
-    configure = ["cmake", "-S", REPOSITORY, "-B", folder, f"-DPython_EXECUTABLE={sys.executable}"]
-    with FileLock(f"{folder}.lock"):
-        configured = subprocess.run(list(map(str, configure)), capture_output=True, text=True)
-        assert configured.returncode == 0, configured.stdout + configured.stderr
-        skipped = [line for line in configured.stdout.splitlines() if ": skipped, " in line]
-        if skipped:
-            pytest.skip("; ".join(line.removeprefix("-- ") for line in skipped))
-        built = subprocess.run(
-            ["cmake", "--build", str(folder), "--target", "emulated_kernels"], capture_output=True, text=True
-        )
-        assert built.returncode == 0, built.stdout + built.stderr
-    return folder
+def build_emulated_kernels() -> Path:
+    """Build the Python module and return its folder; skip where a machine lacks what it takes."""
+    if missing := why_no_emulated_kernels():
+        pytest.skip(missing)
+    native_build().build("emulated_kernels")
+    return native_build().folder
 
 
 # ---- arrays ------------------------------------------------------------------------------------------------------

@@ -93,7 +93,6 @@ def test_dynamic_from_the_first_call(dtype):
             torch.testing.assert_close(run(compiled, batch), run(function, batch))
 
 
-@pytest.mark.slow
 def test_inductor_trains_a_value_head():
     """The whole of a training step as one graph: head, warm-up mask, both losses, and backward into the weights."""
 

@@ -12,8 +12,6 @@ from torch import Tensor
 from lambda_return_ext import reference
 from lambda_return_ext.categorical import TARGETS, Bins, categorical_values
 
-pytestmark = pytest.mark.slow
-
 REDUCTIONS = ("token_mean", "sequence_mean", "sum", "none")  # in the order of Reduction
 BINS = {"hl_gauss": Bins(-0.5, 1.5), "wide": Bins(-1.0, 2.0, "hl_gauss", 6.0), "two_hot": Bins(0.0, 1.0, "two_hot")}
 # (offset, gap) of the logits, where the gap is between tokens, and of everything else, where it is between rows.
@@ -22,8 +20,8 @@ GRAD = 1.5
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
-    kernels = EmulatedKernels(build_emulated_kernels(tmp_path_factory))
+def kernels():
+    kernels = EmulatedKernels(build_emulated_kernels())
     yield kernels
     kernels.close()
 

@@ -31,8 +31,6 @@ from torch import Tensor
 
 from lambda_return_ext import reference
 
-pytestmark = pytest.mark.slow
-
 ORDERS = ("ascending", "descending", "random")
 # (offset of the values, of the masks, gap between rows of the values, of the masks), in elements: rows that start at a
 # 16-byte boundary, elsewhere but alike (both take the 16-byte accesses), and differently (which cannot).
@@ -40,8 +38,8 @@ LAYOUTS = {"dense": (0, 0, 0, 0), "shifted": (5, 5, 2, 2), "mask shifted": (0, 1
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
-    kernels = EmulatedKernels(build_emulated_kernels(tmp_path_factory))
+def kernels():
+    kernels = EmulatedKernels(build_emulated_kernels())
     yield kernels
     kernels.close()
 

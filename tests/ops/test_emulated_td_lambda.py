@@ -12,8 +12,6 @@ from emulated_kernels_testing import EmulatedKernels, build_emulated_kernels, la
 from ops_testing import VALUE_DTYPES, accumulate_dtype
 from torch import Tensor
 
-pytestmark = pytest.mark.slow
-
 ORDERS = ("ascending", "descending", "random")
 KINDS = ("mse", "huber", "smooth_l1", "bce", "bce_logits")  # in the order of LossKind
 REDUCTIONS = ("token mean", "sequence mean", "sum", "none")  # in the order of Reduction
@@ -23,8 +21,8 @@ DELTA, CLIP = 0.75, 0.25
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
-    kernels = EmulatedKernels(build_emulated_kernels(tmp_path_factory))
+def kernels():
+    kernels = EmulatedKernels(build_emulated_kernels())
     yield kernels
     kernels.close()
 

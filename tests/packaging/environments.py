@@ -9,15 +9,24 @@ from pathlib import Path
 
 import pytest
 
+import lambda_return_ext
+
 REPOSITORY = Path(__file__).parents[2]
 # Must come from pip's isolated build environment. (setuptools must too, but torch itself depends on it.)
 BUILD_TOOLS = ("ninja",)
-_NOT_SOURCES = (".git", ".venv*", "build", "dist", "data", "runs", "*.egg-info", "*.so", "__pycache__", ".*_cache")
+_NOT_SOURCES = ("*.so", "__pycache__", ".*_cache")
+_NOT_SOURCES_AT_THE_TOP = (".git", ".venv*", "build", "dist", "data", "runs", "*.egg-info")
+
+
+def _no_sources(folder: str, names: list[str]) -> set[str]:
+    """What copy_sources leaves out of a folder."""
+    patterns = _NOT_SOURCES + _NOT_SOURCES_AT_THE_TOP if Path(folder) == REPOSITORY else _NOT_SOURCES
+    return shutil.ignore_patterns(*patterns)(folder, names)
 
 
 def copy_sources(target: Path) -> Path:
     """Copy the sources, so that a build leaves nothing in the repository."""
-    return Path(shutil.copytree(REPOSITORY, target, ignore=shutil.ignore_patterns(*_NOT_SOURCES)))
+    return Path(shutil.copytree(REPOSITORY, target, ignore=_no_sources))
 
 
 class Environment:
@@ -49,6 +58,11 @@ class Environment:
     def pip_install(self, *arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess:
         """Run pip install in this environment."""
         return self.run("-m", "pip", "install", *arguments, check=check)
+
+    def copy_package(self) -> None:
+        """Put the package, as it is installed in the running environment, here: what a wheel has, without a build."""
+        package = Path(lambda_return_ext.__path__[0])
+        shutil.copytree(package, self.site_packages / package.name, ignore=shutil.ignore_patterns("__pycache__"))
 
     def check_operators(self) -> None:
         """Import the installed package, away from its sources, and compute one known target."""

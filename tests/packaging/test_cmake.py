@@ -6,13 +6,10 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from environments import copy_sources
-
-pytestmark = pytest.mark.packaging
+from native_build import REPOSITORY, NativeBuild, find, native_build
 
 CONSUMER_CMAKE = """
 cmake_minimum_required(VERSION 3.20)
@@ -40,10 +37,22 @@ int main(int, char** argv) {
 """
 
 
-def run(*command: str | Path, cwd: Path) -> str:
-    done = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True)
-    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
+run = NativeBuild.run
+
+
+@pytest.fixture(scope="module")
+def build() -> NativeBuild:
+    """The shared build of what every change may break."""
+    build = native_build()
+    build.build("quick_tests")
+    return build
+
+
+@pytest.fixture(scope="module")
+def whole_build(build) -> NativeBuild:
+    """The same folder with everything built."""
+    build.build()
+    return build
 
 
 def nvcc_finds_its_headers(folder: Path) -> bool:
@@ -55,48 +64,42 @@ def nvcc_finds_its_headers(folder: Path) -> bool:
     return subprocess.run(["nvcc", "-E", source], capture_output=True).returncode == 0
 
 
-@dataclass
-class Build:
-    """A build of everything, from a copy of the sources."""
-
-    sources: Path
-    folder: Path
-    configured: str  # what CMake said
-
-
-@pytest.fixture(scope="module")
-def build(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cmake")
-    sources = copy_sources(folder / "sources")
-    configured = run("cmake", "-B", folder / "build", f"-DPython_EXECUTABLE={sys.executable}", cwd=sources)
-    run("cmake", "--build", folder / "build", "--parallel", "2", cwd=sources)
-    return Build(sources, folder / "build", configured)
+def check_passed(report: str, build: NativeBuild, always: list[str], where_cuda_headers_are: list[str], folder: Path):
+    expected = set(always)
+    if build.compiler().startswith("GNU ") and nvcc_finds_its_headers(folder):
+        expected |= set(where_cuda_headers_are)
+    assert "100% tests passed" in report
+    passed = re.findall(r"Test +#\d+: (\S+) \.+ +Passed", report)
+    assert expected <= set(passed), report
 
 
 def test_ctest(build, tmp_path):
     # The kernels, the operators from C++ and, where the CUDA headers are found, the CUDA kernels under the emulator.
-    expected = ["kernels", "simd", "ops"]
-    if "CXX compiler identification is GNU" in build.configured and nvcc_finds_its_headers(tmp_path):
-        expected += [f"cuda_kernels_{flags}" for flags in ("plain", "thread", "address")] + ["planted_bugs"]
-    report = run("ctest", "--test-dir", build.folder, "--parallel", "2", cwd=build.sources)
-    assert "100% tests passed" in report
-    passed = re.findall(r"Test +#\d+: (\S+) \.+ +Passed", report)
-    assert set(expected) <= set(passed), report
+    report = build.test("--label-exclude", "exhaustive")
+    emulated = [f"cuda_{name}_plain" for name in ("emulator", "emulator_faults", "kernels", "td_lambda", "categorical")]
+    check_passed(report, build, ["kernels", "simd", "ops"], emulated, tmp_path)
 
 
-def test_no_kernel_got_slower(build):
+@pytest.mark.exhaustive
+def test_ctest_with_sanitizers_sweeps_and_planted_bugs(whole_build, tmp_path):
+    report = whole_build.test("--label-regex", "exhaustive")
+    emulated = [f"cuda_kernels_{build}" for build in ("thread", "address", "sweep")] + ["planted_bugs"]
+    check_passed(report, whole_build, ["aoti_package", "aoti"], emulated, tmp_path)
+
+
+@pytest.mark.exhaustive
+def test_no_kernel_got_slower(whole_build):
     if shutil.which("valgrind") is None:
         pytest.skip("needs valgrind")
-    compiler = re.search(r"CXX compiler identification is (.*)", build.configured)[1]
-    figures = json.loads((build.sources / "csrc/testing/instruction_counts.json").read_text())
-    if compiler != figures["compiler"]:
-        pytest.skip(f"the figures are those of {figures['compiler']}, this is {compiler}")
-    run(sys.executable, "csrc/testing/instruction_counts.py", build.folder / "instruction_counts", cwd=build.sources)
+    figures = json.loads((REPOSITORY / "csrc/testing/instruction_counts.json").read_text())
+    if whole_build.compiler() != figures["compiler"]:
+        pytest.skip(f"the figures are those of {figures['compiler']}, this is {whole_build.compiler()}")
+    run(sys.executable, "csrc/testing/instruction_counts.py", whole_build.folder / "instruction_counts")
 
 
 def test_install_and_use(build, tmp_path):
     prefix = tmp_path / "prefix"
-    run("cmake", "--install", build.folder, "--prefix", prefix, cwd=build.sources)
+    run("cmake", "--install", build.folder, "--prefix", prefix)
     consumer = tmp_path / "consumer"
     consumer.mkdir()
     (consumer / "CMakeLists.txt").write_text(CONSUMER_CMAKE)
@@ -104,13 +107,13 @@ def test_install_and_use(build, tmp_path):
     run("cmake", "-B", "build", f"-DCMAKE_PREFIX_PATH={prefix}", cwd=consumer)
     run("cmake", "--build", "build", cwd=consumer)
     library = (consumer / "build" / "library.txt").read_text()
-    assert run("build/consumer", library, cwd=consumer) == "0.6875 0 0.875 1, operators loaded"
+    assert run(consumer / "build/consumer", library, cwd=consumer) == "0.6875 0 0.875 1, operators loaded"
 
 
 def test_configure_without_torch_says_what_to_do(sources, environment, tmp_path):
     env = environment(hidden=("torch",))
     done = subprocess.run(
-        ["cmake", "-B", str(tmp_path / "build"), f"-DPython_EXECUTABLE={env.python}"],
+        [find("cmake"), "-B", str(tmp_path / "build"), f"-DPython_EXECUTABLE={env.python}"],
         cwd=sources,
         capture_output=True,
         text=True,

@@ -14,8 +14,6 @@ from environments import REPOSITORY
 
 import lambda_return_ext  # noqa: F401  (registers the operators)
 
-pytestmark = pytest.mark.packaging
-
 # A torch with CUDA 13 for a GPU that cannot be seen: what setup.py asks of it, and nothing that builds.
 FAKE_TORCH = """
 __version__ = "2.13.0+cu130"
@@ -314,7 +312,7 @@ def why_no_cuda_build() -> str | None:
     return None
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(why_no_cuda_build() is not None, reason=str(why_no_cuda_build()))
 def test_cuda_kernels_build_and_load(environment, sources, monkeypatch):
     monkeypatch.setenv("FORCE_CUDA", "1")

@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.packaging
-
 CPU_KERNELS = Path(__file__).parents[2] / "csrc" / "cpu" / "simd"
 
 
@@ -27,6 +25,7 @@ def compiler() -> list[str]:
     pytest.skip("needs a C++ compiler for AArch64: pip install ziglang, or g++-aarch64-linux-gnu from the system")
 
 
+@pytest.mark.exhaustive
 def test_the_cpu_kernels_compile_for_neon(tmp_path):
     command = [*compiler(), "-std=c++20", "-O2", f"-I{CPU_KERNELS.parents[1]}", "-c"]
     env = {**os.environ, "ZIG_GLOBAL_CACHE_DIR": str(tmp_path), "ZIG_LOCAL_CACHE_DIR": str(tmp_path)}

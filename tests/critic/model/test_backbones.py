@@ -411,7 +411,6 @@ def test_a_critic_with_adapters_trains_is_saved_small_and_evaluated(train, run_d
     assert not any("lora" in name for name in ValueModel.from_pretrained(tmp_path / "exported").state_dict())
 
 
-@pytest.mark.slow
 def test_adapters_in_a_bfloat16_backbone_train_on_sharded_ranks_as_on_one(train, run_dir, config_file):
     from test_distributed import WELL_CONDITIONED, finish, torchrun
 

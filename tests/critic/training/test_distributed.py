@@ -100,7 +100,6 @@ def one_step(tmp_path_factory, tiny_backbone, recurrent_backbone):
     return results
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("size", rank_testing.SIZES)
 @pytest.mark.parametrize("loss", rank_testing.LOSSES)
 @pytest.mark.parametrize("strategy", rank_testing.STRATEGIES)
@@ -119,7 +118,6 @@ def test_any_number_of_ranks_and_micro_batches_gives_the_same_loss_and_gradients
         torch.testing.assert_close(got, expected, rtol=2e-5, atol=1e-6 * largest, msg=name)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("size", rank_testing.SIZES)
 @pytest.mark.parametrize("strategy", rank_testing.STRATEGIES)
 def test_bfloat16_and_gradient_checkpointing_change_the_gradients_by_rounding_alone(one_step, strategy, size):
@@ -139,7 +137,6 @@ def test_bfloat16_and_gradient_checkpointing_change_the_gradients_by_rounding_al
     assert distance**0.5 < 0.05 * scale**0.5
 
 
-@pytest.mark.slow
 def test_validation_counts_every_pair_once_on_any_number_of_ranks(one_step):
     (_, alone), (_, together) = one_step
     assert together["ddp"] == alone["ddp"]
@@ -147,7 +144,6 @@ def test_validation_counts_every_pair_once_on_any_number_of_ranks(one_step):
         assert together["fsdp"][name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
 
 
-@pytest.mark.slow
 def test_all_ranks_find_a_backbone_fit_for_packing_or_all_refuse_it(one_step):
     for ranks, (_, found) in enumerate(one_step, 1):
         for strategy in rank_testing.STRATEGIES:
@@ -157,13 +153,11 @@ def test_all_ranks_find_a_backbone_fit_for_packing_or_all_refuse_it(one_step):
             assert all("data.packing must be false for this backbone" in said for said in unfit)
 
 
-@pytest.mark.slow
 def test_the_first_rank_alone_holds_the_whole_model_that_it_writes(one_step):
     _, (_, measured) = one_step
     assert measured["gathered"] == [[1, True], [0, True]]
 
 
-@pytest.mark.slow
 def test_where_one_rank_fails_all_do_and_the_first_of_them_says_why(one_step):
     failures = ["UserError('rank 0 fails')", "OtherRankError()"], ["OtherRankError()", "UserError('rank 1 fails')"]
     (_, alone), (_, together) = one_step
@@ -174,7 +168,6 @@ def test_where_one_rank_fails_all_do_and_the_first_of_them_says_why(one_step):
 # ---- whole runs --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_two_ranks_train_like_one_and_share_the_features(train, run_dir, config_file):
     assert train(WELL_CONDITIONED) == 0
     command = ["-m", "lambda_return_ext.critic.cli", "train", "--config", str(config_file), WELL_CONDITIONED]
@@ -186,7 +179,6 @@ def test_two_ranks_train_like_one_and_share_the_features(train, run_dir, config_
     assert records_of(run_dir)[0]["train/loss"] != 0
 
 
-@pytest.mark.slow
 def test_sharded_ranks_train_on_packed_batches_or_all_refuse_to(train, run_dir, config_file, recurrent_backbone):
     packed = [*WHOLE, "data.packing=true", "training.max_steps=5"]
     command = ["-m", "lambda_return_ext.critic.cli", "train", "--config", str(config_file), *packed]
@@ -202,7 +194,6 @@ def test_sharded_ranks_train_on_packed_batches_or_all_refuse_to(train, run_dir, 
     assert_alike(run_dir, Path(f"{run_dir}-two"))
 
 
-@pytest.mark.slow
 def test_a_dry_run_under_torchrun_is_said_once_and_counts_its_ranks(config_file, run_dir):
     command = ["-m", "lambda_return_ext.critic.cli", "train", "--config", str(config_file), "--dry-run"]
     code, said = finish(torchrun(*command))
@@ -215,7 +206,6 @@ def test_a_dry_run_under_torchrun_is_said_once_and_counts_its_ranks(config_file,
     assert not run_dir.exists()
 
 
-@pytest.mark.slow
 def test_a_configuration_that_no_rank_can_read_is_said_once(config_file):
     command = ["-m", "lambda_return_ext.critic.cli", "train", "--config", str(config_file), "training.epoch=1"]
     code, said = finish(torchrun(*command))
@@ -223,7 +213,6 @@ def test_a_configuration_that_no_rank_can_read_is_said_once(config_file):
     assert said.count("lambda-critic: error: unknown config key 'training.epoch'") == 1
 
 
-@pytest.mark.slow
 def test_a_run_moves_from_one_process_to_sharded_ranks_and_back(train, run_dir, config_file, monkeypatch, capsys):
     settings = [*WHOLE, "training.epochs=6", "training.save_every=1000"]
     assert train(*settings, f"run_dir={run_dir}-whole") == 0
@@ -261,7 +250,6 @@ def test_a_run_moves_from_one_process_to_sharded_ranks_and_back(train, run_dir, 
     assert_alike(run_dir, Path(f"{run_dir}-whole"))
 
 
-@pytest.mark.slow
 def test_one_process_can_run_the_sharded_path_and_repeats_itself(train, run_dir):
     for name in ("", "-again"):
         assert train(*WHOLE, "training.strategy=fsdp", "training.max_steps=6", f"run_dir={run_dir}{name}") == 0
@@ -285,7 +273,6 @@ def test_layers_within_layers_are_sharded_and_counted_once(tmp_path, train, run_
     assert [type(layer).__name__ for layer in model.backbone_layers()] == ["MambaBlock"] * 2
 
 
-@pytest.mark.slow
 def test_a_failure_of_the_first_rank_is_said_once_and_ends_all(config_file, run_dir):
     run_dir.mkdir()
     (run_dir / "notes.txt").write_text("mine", encoding="utf-8")

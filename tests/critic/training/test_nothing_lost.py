@@ -47,7 +47,6 @@ def assert_same_tensors(ours, theirs):
 # ---- kill and resume ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_a_run_killed_at_random_steps_resumes_and_loses_nothing(train, run_dir, config_file, tmp_path):
     backbone = save_backbone(tmp_path / "with_dropout", attention_dropout=0.2)  # so that random state matters
     settings = ["training.epochs=30", "evaluation.every=50", "training.learning_rate=1e-3"]

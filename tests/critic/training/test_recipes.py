@@ -296,7 +296,6 @@ def test_the_production_configuration_names_and_explains_every_key():
     assert config.training.batch_size % (8 * config.training.micro_batch_size) == 0
 
 
-@pytest.mark.slow
 def test_the_production_configuration_runs_on_something_small(config_file, tmp_path, capsys):
     tiny = yaml.safe_load(config_file.read_text(encoding="utf-8"))
     small = [f"run_dir={tmp_path}/run", "device=cpu", "threads=1", f"data.path={tiny['data']['path']}"]

@@ -318,7 +318,6 @@ def test_resume_refuses_another_configuration_or_other_data(train, run_dir, conf
 # ---- compile -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 @pytest.mark.parametrize(("cached", "packed"), [(True, False), (False, False), (True, True)])
 def test_compiled_training_equals_eager_and_never_recompiles(train, run_dir, monkeypatch, cached, packed):
