@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from ops_testing import make_mask, rng
 from torch import Tensor
@@ -10,6 +11,16 @@ from lambda_return_ext import reference
 
 # Lengths around the blocks (1024 tokens) and stretches (16,384) of the CPU, empty sequences among them.
 LENGTHS = ((3, 0, 1, 17, 64), (1023, 1024, 1025, 0), (16384, 5, 17000))
+
+
+def lengths_with(lengths: tuple[tuple[int, ...], ...], dtypes: tuple[torch.dtype, ...]) -> list[Any]:
+    """Parameters: all of them together, where the longest, over which the reference takes long, are float32's alone."""
+    exhaustive = pytest.mark.exhaustive
+    return [
+        pytest.param(each, dtype, marks=exhaustive if each == LENGTHS[-1] and dtype != torch.float32 else ())
+        for each in lengths
+        for dtype in dtypes
+    ]
 
 
 class Case(NamedTuple):

@@ -201,7 +201,7 @@ def check_whitening(rank, ranks):
     torch.testing.assert_close(ours, expected[rows], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.exhaustive), 4])
 def test_ranks_together_are_one_process(ranks, tmp_path):
     torch.multiprocessing.spawn(check_rank, (ranks, str(tmp_path)), nprocs=ranks)
 

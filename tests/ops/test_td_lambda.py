@@ -18,7 +18,7 @@ from ops_testing import (
     poisoned,
     rng,
 )
-from td_lambda_testing import LENGTHS, packed, padded
+from td_lambda_testing import LENGTHS, lengths_with, packed, padded
 
 import lambda_return_ext as lr
 from lambda_return_ext import reference
@@ -49,8 +49,7 @@ def test_padded_equals_the_reference(kind, dtype):
     assert_close(case.returns(lr.compute_lambda_return), case.returns())
 
 
-@pytest.mark.parametrize("dtype", VALUE_DTYPES)
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize(("lengths", "dtype"), lengths_with(LENGTHS, VALUE_DTYPES), ids=str)
 def test_packed_equals_the_reference(lengths, dtype):
     case = packed(lengths, dtype)
     ours = case.returns(lr.lambda_return_varlen)
@@ -319,8 +318,7 @@ def test_gradients_to_the_second_order(case, advantages):
     torch.autograd.gradgradcheck(function, inputs)
 
 
-@pytest.mark.parametrize("dtype", VALUE_DTYPES)
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize(("lengths", "dtype"), lengths_with(LENGTHS, VALUE_DTYPES), ids=str)
 def test_the_gradient_of_every_dtype_and_length(lengths, dtype):
     case = packed(lengths, dtype)
     grad = torch.randn(case.values.shape, generator=rng(), dtype=torch.float64).to(dtype)

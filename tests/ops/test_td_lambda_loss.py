@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from ops_testing import ROUNDED_DTYPES, VALUE_DTYPES, leaf, make_batch, poisoned, rng
-from td_lambda_testing import LENGTHS, packed, padded
+from td_lambda_testing import LENGTHS, lengths_with, packed, padded
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -97,9 +97,8 @@ def test_every_loss_and_reduction_equals_the_reference(loss, reduction, where):
             assert_equals_reference(case, outputs, 1e-12, **options, normalizer=torch.tensor(17.0))
 
 
-@pytest.mark.parametrize("dtype", ROUNDED_DTYPES)
 @pytest.mark.parametrize("loss", LOSS_KINDS)
-@pytest.mark.parametrize("lengths", LENGTHS[1:], ids=str)
+@pytest.mark.parametrize(("lengths", "dtype"), lengths_with(LENGTHS[1:], ROUNDED_DTYPES), ids=str)
 def test_every_dtype_and_length(lengths, loss, dtype):
     case = packed(lengths, dtype)
     outputs, old_values = outputs_for(loss, case)
