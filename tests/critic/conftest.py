@@ -7,7 +7,9 @@ import pytest
 import yaml
 from critic_testing import make_records, save_backbone, tiny_config
 
+from lambda_return_ext.critic import files
 from lambda_return_ext.critic.cli import main
+from lambda_return_ext.critic.training import trainer
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell has it for what it starts in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -17,6 +19,22 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell has it for w
 def tiny_backbone(tmp_path_factory):
     """A two-layer Llama with random weights and a tokenizer of words, in a folder."""
     return save_backbone(tmp_path_factory.mktemp("backbone"))
+
+
+@pytest.fixture(autouse=True)
+def curves(request):
+    """A stand-in for the picture at the end of a run, which takes as long as the run, but for tests that are marked."""
+    if "draws" in request.keywords:
+        yield
+        return
+
+    def plot_curves(run_dir, results):
+        with files.atomic_path(run_dir / "curves.png") as temporary:
+            temporary.write_bytes(b"no picture")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "plot_curves", plot_curves)
+        yield
 
 
 @pytest.fixture

@@ -1,22 +1,34 @@
 """What the tests of the trainer share but for fixtures: a tiny backbone, made-up pairs, readers of a run's files."""
 
 import json
+import os
 import random
 import resource
+import signal
+import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lambda_return_ext.critic.data.batches import Batch
 from lambda_return_ext.critic.data.pairs import TokenPair
-from lambda_return_ext.critic.data.rollouts import Rollout
+from lambda_return_ext.critic.data.rollouts import Rollout, Solution
 
 WORDS = [f"w{i}" for i in range(40)]
 VOCABULARY = {word: i for i, word in enumerate(["<pad>", "<end>", "<unk>", "fine", "broken", *WORDS])}
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIZES |= {"num_key_value_heads": 1, "vocab_size": len(VOCABULARY), "max_position_embeddings": 128, "head_dim": 16}
+MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+# With zero weights in the last layer the first gradients are almost zero, and Adam makes rounding errors as large as
+# any other gradient.
+WELL_CONDITIONED = "training.value_loss.lambda_return.bias_init=null"
 
 
 def save_backbone(folder, **settings):
@@ -30,6 +42,13 @@ def save_backbone(folder, **settings):
     sizes |= {"vocab_size": len(VOCABULARY), "max_position_embeddings": 128, "num_key_value_heads": 1, **settings}
     LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder)
     return folder
+
+
+def make_backbone(architecture, **settings):
+    """A tiny backbone of another kind, with weights large enough to tell its features apart."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{architecture}Config")(**SIZES, pad_token_id=0, initializer_range=0.3, **settings)
+    return transformers.AutoModel.from_config(config)
 
 
 def make_records(problems=24, pairs=3, seed=0):
@@ -54,6 +73,11 @@ def make_records(problems=24, pairs=3, seed=0):
 def pair_of(problem, right, wrong):
     """A pair of two solutions, of which the first is right."""
     return TokenPair(problem, Rollout(problem, right, 1.0), Rollout(problem, wrong, 0.0))
+
+
+def pair(right, wrong, prompt=(9, 9)):
+    """A pair of two solutions by their tokens."""
+    return pair_of("p", Solution(prompt, right), Solution(prompt, wrong))
 
 
 def batch_of(attention_mask, loss_mask, rewards, packing=None, output_mask=None):
@@ -117,3 +141,23 @@ def assert_alike(run_dir, other):
         assert ours.keys() == theirs.keys()
         for name in ours.keys() - {"train/tokens_per_second"}:
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), (ours["step"], name)
+
+
+def torchrun(*arguments, ranks=2):
+    """Start ranks, on one thread each."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process):
+    """Wait for ranks, and return their exit code and what they said; long before the hour that they wait for others."""
+    try:
+        output, _ = process.communicate(timeout=900)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)  # torchrun passes it on
+        output, _ = process.communicate(timeout=60)
+        pytest.fail(f"the ranks wait for one another: {output}")
+    return process.returncode, output

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from critic_testing import batch_of, pair_of
+from critic_testing import batch_of, pair, pair_of
 from torch import nn
 
 from lambda_return_ext import create_eos_only_mask
@@ -95,10 +95,6 @@ class Lookup(nn.Module):
 
     def forward(self, inputs, attention_mask):
         return inputs.float() * self.scale
-
-
-def pair(right, wrong, prompt=(9, 9)):
-    return pair_of("p", Solution(prompt, right), Solution(prompt, wrong))
 
 
 def evaluate_pairs(loss, pairs, batch_size, model=None):

@@ -10,7 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from critic_testing import VOCABULARY, pair_of, save_backbone, steps_of
+from critic_testing import (
+    MIXTURE,
+    SIZES,
+    VOCABULARY,
+    WELL_CONDITIONED,
+    finish,
+    make_backbone,
+    pair_of,
+    save_backbone,
+    steps_of,
+    torchrun,
+)
 from transformers import AutoModelForTokenClassification
 
 from lambda_return_ext.critic import checkpoint
@@ -26,9 +37,6 @@ from lambda_return_ext.critic.model.value_model import ValueModel, build_model, 
 from lambda_return_ext.critic.training import trainer
 from lambda_return_ext.critic.training.optimization import parameter_groups
 
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-SIZES |= {"num_key_value_heads": 1, "vocab_size": len(VOCABULARY), "max_position_embeddings": 128, "head_dim": 16}
-MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 FAMILIES = ["Llama", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Mistral"]
 WITH_LORA = ["model.cache_features=false", "model.lora.rank=4", "model.lora.alpha=8", "training.max_steps=6"]
 
@@ -112,13 +120,6 @@ def test_export_writes_the_best_checkpoint_with_its_tokenizer(train, run_dir, in
         assert torch.equal(model.state_dict()[name], tensor)
     assert main(["export", str(run_dir), str(folder)]) == 2
     assert "FOLDER must not exist yet" in capsys.readouterr().err
-
-
-def make_backbone(architecture, **settings):
-    """A tiny backbone of another kind, with weights large enough to tell its features apart."""
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{architecture}Config")(**SIZES, pad_token_id=0, initializer_range=0.3, **settings)
-    return transformers.AutoModel.from_config(config)
 
 
 # Of rank patterns that peft makes itself.
@@ -411,9 +412,8 @@ def test_a_critic_with_adapters_trains_is_saved_small_and_evaluated(train, run_d
     assert not any("lora" in name for name in ValueModel.from_pretrained(tmp_path / "exported").state_dict())
 
 
+@pytest.mark.exhaustive
 def test_adapters_in_a_bfloat16_backbone_train_on_sharded_ranks_as_on_one(train, run_dir, config_file):
-    from test_distributed import WELL_CONDITIONED, finish, torchrun
-
     settings = [*WITH_LORA, "model.dtype=bfloat16", "training.precision=bfloat16", WELL_CONDITIONED]
     assert train(*settings) == 0
     command = ["-m", "lambda_return_ext.critic.cli", "train", "--config", str(config_file), *settings]

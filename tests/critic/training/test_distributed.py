@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,16 +11,20 @@ import rank_testing
 import torch
 import yaml
 from critic_testing import (
+    MIXTURE,
+    WELL_CONDITIONED,
     assert_alike,
+    finish,
+    make_backbone,
     make_records,
     records_of,
     save_backbone,
     steps_of,
     tiny_config,
+    torchrun,
     without_timing,
 )
 from safetensors.torch import load_file
-from test_backbones import make_backbone
 
 from lambda_return_ext.critic import checkpoint
 from lambda_return_ext.critic.config import load_config
@@ -31,26 +32,7 @@ from lambda_return_ext.critic.ranks import Ranks
 from lambda_return_ext.critic.task import prepare
 from lambda_return_ext.critic.training import trainer
 
-WELL_CONDITIONED = "training.value_loss.lambda_return.bias_init=null"
 WHOLE = ["model.cache_features=false", "model.backbone_frozen=false", "training.learning_rate=1e-3", WELL_CONDITIONED]
-
-
-def torchrun(*arguments, ranks=2):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*command, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def finish(process):
-    try:
-        output, _ = process.communicate(timeout=120)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGTERM)  # torchrun passes it on
-        output, _ = process.communicate(timeout=60)
-        pytest.fail(f"the ranks wait for one another: {output}")
-    return process.returncode, output
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
@@ -73,8 +55,7 @@ def test_the_ranks_share_a_batch_in_equally_many_parts(size, micro_batch_size, p
 def recurrent_backbone(tmp_path_factory):
     """A backbone that does not keep packed sequences apart."""
     folder = save_backbone(tmp_path_factory.mktemp("recurrent"))  # for its tokenizer
-    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-    make_backbone("Qwen3Next", **sizes).save_pretrained(folder)
+    make_backbone("Qwen3Next", **MIXTURE).save_pretrained(folder)
     return folder
 
 
@@ -89,15 +70,18 @@ def one_step(tmp_path_factory, tiny_backbone, recurrent_backbone):
     settings["training"]["value_loss"]["lambda_return"] = {"bias_init": None}
     config.write_text(yaml.safe_dump(settings), encoding="utf-8")
     results = []
-    for ranks in (1, 2):
+    for ranks in (2, 1):
         output = folder / f"{ranks}.safetensors"
-        code, said = finish(
-            torchrun(rank_testing.__file__, str(config), str(recurrent_backbone), str(output), ranks=ranks)
-        )
-        assert code == 0, said
+        arguments = [str(config), str(recurrent_backbone), str(output)]
+        if ranks == 1:
+            rank_testing.main(*arguments)
+        else:
+            process = torchrun(rank_testing.__file__, *arguments, ranks=ranks)
+            code, said = finish(process)
+            assert code == 0, said
         measured = json.loads(Path(f"{output}.json").read_text(encoding="utf-8"))
         results.append((load_file(output), measured))
-    return results
+    return results[::-1]
 
 
 @pytest.mark.parametrize("size", rank_testing.SIZES)
@@ -179,6 +163,7 @@ def test_two_ranks_train_like_one_and_share_the_features(train, run_dir, config_
     assert records_of(run_dir)[0]["train/loss"] != 0
 
 
+@pytest.mark.exhaustive
 def test_sharded_ranks_train_on_packed_batches_or_all_refuse_to(train, run_dir, config_file, recurrent_backbone):
     packed = [*WHOLE, "data.packing=true", "training.max_steps=5"]
     command = ["-m", "lambda_return_ext.critic.cli", "train", "--config", str(config_file), *packed]
@@ -194,6 +179,35 @@ def test_sharded_ranks_train_on_packed_batches_or_all_refuse_to(train, run_dir, 
     assert_alike(run_dir, Path(f"{run_dir}-two"))
 
 
+@pytest.fixture
+def as_rank(train, monkeypatch, capsys):
+    """Run the command as torchrun's processes do that do not yet speak to one another; exit code, output and errors."""
+
+    def run(rank, *arguments):
+        with monkeypatch.context() as patch:
+            for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", 2)):
+                patch.setenv(name, str(value))
+            code = train(*arguments)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_what_is_checked_before_the_ranks_meet_is_said_by_the_first(as_rank, run_dir):
+    for rank in (0, 1):
+        code, out, _ = as_rank(rank, "--dry-run")
+        assert code == 0
+        assert out.count("device memory of each of 2 ranks") == out.count("run_dir: ") == 1 - rank
+        code, _, error = as_rank(rank, "--dry-run", "model.backbone=missing")
+        assert code == (0 if rank else 2)
+        assert error.count("lambda-critic: error: model.backbone must be a folder") == 1 - rank
+        code, _, error = as_rank(rank, "training.epoch=1")
+        assert code == 2
+        assert error.count("lambda-critic: error: unknown config key 'training.epoch'") == 1 - rank
+    assert not run_dir.exists()
+
+
+@pytest.mark.exhaustive
 def test_a_dry_run_under_torchrun_is_said_once_and_counts_its_ranks(config_file, run_dir):
     command = ["-m", "lambda_return_ext.critic.cli", "train", "--config", str(config_file), "--dry-run"]
     code, said = finish(torchrun(*command))
@@ -206,6 +220,7 @@ def test_a_dry_run_under_torchrun_is_said_once_and_counts_its_ranks(config_file,
     assert not run_dir.exists()
 
 
+@pytest.mark.exhaustive
 def test_a_configuration_that_no_rank_can_read_is_said_once(config_file):
     command = ["-m", "lambda_return_ext.critic.cli", "train", "--config", str(config_file), "training.epoch=1"]
     code, said = finish(torchrun(*command))

@@ -5,8 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from critic_testing import pair_of
-from test_losses_and_metrics import pair
+from critic_testing import pair, pair_of
 
 from lambda_return_ext.critic.config import HeadConfig, LambdaReturnConfig, ValueLossConfig
 from lambda_return_ext.critic.data.batches import Collator

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from critic_testing import VOCABULARY, batch_of, content, make_records, save_backbone, steps_of, without_timing
-from test_backbones import make_backbone
+from critic_testing import VOCABULARY, batch_of, content, make_backbone, make_records, save_backbone, steps_of, without_timing
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -152,6 +151,7 @@ def test_a_run_with_every_recipe_learns_and_repeats_itself(train, run_dir):
 # ---- early stopping ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.draws
 def test_a_run_that_gets_no_better_stops_early_and_stays_stopped(train, run_dir, monkeypatch, capsys):
     accuracies, real = iter([0.4, 0.6, 0.6, 0.61, 0.5, 0.9]), trainer.measure
     monkeypatch.setattr(

@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 import torch
 import yaml
-from critic_testing import assert_alike, content, make_records, records_of, steps_of, without_timing
+from critic_testing import WELL_CONDITIONED, assert_alike, content, make_records, records_of, steps_of, without_timing
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lambda_return_ext.critic import checkpoint
@@ -27,14 +27,10 @@ def checks_of(run_dir):
     return [record for record in records_of(run_dir) if "validation/pairwise_accuracy" in record]
 
 
-# With zero weights in the last layer the first gradients are almost zero, and Adam makes rounding errors as large as
-# any other gradient.
-WELL_CONDITIONED = f"{LOSS}.lambda_return.bias_init=null"
-
-
 # ---- what a run does ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.draws
 def test_a_run_learns_and_leaves_everything_behind(train, run_dir, capsys):
     assert train("training.epochs=12", "training.learning_rate=0.03", "evaluation.baselines=true") == 0
     out = capsys.readouterr().out
@@ -108,6 +104,7 @@ def test_every_step_logs_what_the_issue_of_a_run_needs(train, run_dir, capsys):
     assert "validation/brier" in tensorboard.Tags()["scalars"]
 
 
+@pytest.mark.draws
 def test_roll_back_to_monte_carlo_is_two_keys(train, run_dir):
     assert train(*TO_MONTE_CARLO) == 0
     for record in steps_of(run_dir):
@@ -121,6 +118,7 @@ def test_roll_back_to_monte_carlo_is_two_keys(train, run_dir):
     assert losses[0] == losses[1]
 
 
+@pytest.mark.draws
 def test_pairwise_alone_trains(train, run_dir):
     assert train(f"{LOSS}.use_lambda_return=false", f"{LOSS}.use_pairwise=true", "training.epochs=6") == 0
     steps = steps_of(run_dir)
@@ -157,6 +155,7 @@ def test_a_backbone_that_trains_is_saved_and_evaluated(train, run_dir, capsys):
     assert trainer.evaluate(str(run_dir))["checkpoints"]["best"] == best
 
 
+@pytest.mark.draws
 def test_max_steps_ends_a_run_within_an_epoch(train, run_dir):
     assert train("training.max_steps=5") == 0
     assert steps_of(run_dir)[-1]["step"] == 5
