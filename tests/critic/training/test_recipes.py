@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from critic_testing import VOCABULARY, batch_of, content, make_backbone, make_records, save_backbone, steps_of, without_timing
+from critic_testing import (
+    VOCABULARY,
+    batch_of,
+    content,
+    make_backbone,
+    make_records,
+    save_backbone,
+    steps_of,
+    without_timing,
+)
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
