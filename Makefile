@@ -24,7 +24,7 @@ PYTEST  := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist l
 # On busy cores the default, spinning, makes two threads several times slower than one.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: train test test-all lint bench experiment format cuda-check clean
+.PHONY: train test test-exhaustive test-all lint bench experiment format cuda-check clean
 
 train: $(VENV)/.critic data/codeio.jsonl
 	$(BIN)/lambda-critic train --config $(CONFIG) run_dir=$(RUN)
@@ -32,8 +32,10 @@ train: $(VENV)/.critic data/codeio.jsonl
 test: $(VENV)/.dev
 	$(PYTEST) -m "not exhaustive"
 
-test-all: $(VENV)/.dev
-	$(PYTEST)
+test-exhaustive: $(VENV)/.dev
+	$(PYTEST) -m exhaustive
+
+test-all: test test-exhaustive
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check

@@ -15,7 +15,8 @@ from torch import Tensor
 from lambda_return_ext.critic import checkpoint
 from lambda_return_ext.critic.config import Config, TrainingConfig
 from lambda_return_ext.critic.data.batches import Collator
-from lambda_return_ext.critic.data.rollouts import Solution, solutions_of
+from lambda_return_ext.critic.data.pairs import all_pairs
+from lambda_return_ext.critic.data.rollouts import Rollout, Solution, solutions_of
 from lambda_return_ext.critic.data.split import Item, RunData, read_rows, select_data
 from lambda_return_ext.critic.display import Display
 from lambda_return_ext.critic.errors import UserError
@@ -105,6 +106,7 @@ def prepare(config: Config, ranks: Ranks | None = None) -> Task:
     rows = read_rows(config.data)
     tokenizer = backbone.tokenizer()
     data = select_data(rows, tokenizer, config.data)
+    check_measure(config, data)
     steps = total_steps(config.training, len(data.train))
     warmup_steps = config.training.value_loss.warmup_steps
     if warmup_steps >= steps:
@@ -125,6 +127,20 @@ def prepare(config: Config, ranks: Ranks | None = None) -> Task:
         model.to(ranks.device)
         model.autocast_dtype = torch.bfloat16 if config.training.precision == "bfloat16" else None
     return Task(config, ranks, backbone, data, rows.digests, pad_id, model, steps)
+
+
+def check_measure(config: Config, data: RunData) -> None:
+    """Refuse a measure for the best checkpoint that the validation data cannot give.
+
+    Raises:
+        UserError: accuracies need two answers of one problem with different rewards.
+    """
+    rollouts = [item for item in data.validation if isinstance(item, Rollout)]
+    if config.best == "pairwise_accuracy" and rollouts and not all_pairs(rollouts):
+        raise UserError(
+            "evaluation.best must be explained_variance where no validation problem has two answers with different "
+            "rewards, got pairwise_accuracy"
+        )
 
 
 def first_prediction(config: Config, data: RunData) -> float | None:

@@ -1,5 +1,7 @@
 """Configuration: defaults, overrides, and what each mistake is answered."""
 
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 
@@ -128,3 +130,25 @@ def test_a_file_that_is_no_configuration(tmp_path, monkeypatch, text, message):
 def test_missing_file(tmp_path):
     with pytest.raises(UserError, match=r"the config must be a readable YAML file, got .*No such file"):
         load_config(tmp_path / "none.yaml")
+
+
+def test_the_shipped_configuration_of_rollouts_takes_every_answer_as_ppo_reads_values():
+    config = load_config(Path(__file__).parents[2] / "configs/local/critic_rollouts.yaml")
+    assert (config.data.sampling, config.model.value_position) == ("rollouts", "before")
+    assert config.training.value_loss.lambda_return.bias_init == "mean"
+    assert config.training.value_loss.warmup_steps == 0
+    assert (config.best, config.balanced) == ("explained_variance", False)
+
+
+def test_pairs_are_balanced_and_followed_by_their_accuracy_unless_told_otherwise(config_file):
+    config = load_config(config_file)
+    assert (config.best, config.balanced) == ("pairwise_accuracy", True)
+    told = ["evaluation.best=explained_variance", "training.value_loss.balance=false"]
+    config = load_config(config_file, told)
+    assert (config.best, config.balanced) == ("explained_variance", False)
+
+
+def test_a_head_without_a_bias_cannot_start_at_a_number(config_file):
+    with pytest.raises(UserError, match=r"bias_init must be null when model\.head\.bias is false: .*, got 0\.5"):
+        load_config(config_file, ["model.head.bias=false"])
+    load_config(config_file, ["model.head.bias=false", "training.value_loss.lambda_return.bias_init=null"])

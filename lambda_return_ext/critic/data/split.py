@@ -166,13 +166,13 @@ def select_data(rows: Rows, tokenizer: Any, config: DataConfig) -> RunData:
     dropped: Counter[str] = Counter()
     examples = [*rows.train, *(rows.validation or ())]
     rollouts = tokenize(examples, Renderer(tokenizer, read_chat_template(config.chat_template)))
-    names = problem_names(examples, rollouts)
-    held_out = set(names[len(rows.train) :])
-    if held_out:  # a problem of the validation file is not trained on, wherever it stands
+    held_out: set[str] = set()
+    if rows.validation is not None:  # a problem of that file is not trained on, wherever it stands
+        names = problem_names(examples, rollouts)
+        held_out = set(names[len(rows.train) :])
         kept = [i >= len(rows.train) or names[i] not in held_out for i in range(len(examples))]
-        dropped["problems that are in data.validation_path too"] = len(
-            {names[i] for i, keep in enumerate(kept) if not keep}
-        )
+        again = {name for name, keep in zip(names, kept, strict=True) if not keep}
+        dropped["problems that are in data.validation_path too"] = len(again)
         examples = [example for example, keep in zip(examples, kept, strict=True) if keep]
         rollouts = [answers for answers, keep in zip(rollouts, kept, strict=True) if keep]
     problems = group_by_problem(examples, rollouts)

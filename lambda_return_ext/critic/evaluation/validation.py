@@ -12,7 +12,6 @@ from lambda_return_ext.critic.data.pairs import TokenPair, all_pairs
 from lambda_return_ext.critic.data.rollouts import Rollout, solutions_of
 from lambda_return_ext.critic.data.split import Item
 from lambda_return_ext.critic.display import Display
-from lambda_return_ext.critic.errors import UserError
 from lambda_return_ext.critic.evaluation.baselines import length_baseline, likelihood_baseline
 from lambda_return_ext.critic.evaluation.metrics import evaluate_items
 from lambda_return_ext.critic.model.features import group_by_prompt
@@ -30,11 +29,6 @@ def measure(task: Task, collate: Collator, between_batches: Callable[[], None] =
         for name, value in evaluate_items(task.model, task.config, items, collate, task.ranks, between_batches).items()
     }
     best = task.config.best
-    if f"validation/{best}" not in measured:
-        raise UserError(
-            f"evaluation.best must be a measure that the validation data has, got {best}: none of its problems has two "
-            "answers with different rewards"
-        )
     gap = measured.get(f"train_subset/{best}", measured[f"validation/{best}"]) - measured[f"validation/{best}"]
     return {**measured, "validation/gap": gap}
 

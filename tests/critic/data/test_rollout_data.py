@@ -158,3 +158,17 @@ def test_a_reward_that_is_no_number_stops_before_anything_is_written(train, writ
     assert f"{path}:3" in capsys.readouterr().err
     assert not run_dir.exists()
     assert main(["score", str(path), "--run", str(run_dir), "--output", str(run_dir / "s.jsonl")]) == 2
+
+
+def test_a_measure_that_the_validation_data_cannot_give_is_refused_before_anything_is_written(
+    train, write_pairs, capsys, run_dir
+):
+    rows = [{"prompt": f"w{i} w2", "completion": "w3", "reward": float(i % 2)} for i in range(9)]
+    settings = [f"data.path={write_pairs(rows)}", "data.sampling=rollouts"]
+    settings.append("training.value_loss.lambda_return.warmup_steps=0")
+    assert train(*settings, "evaluation.best=pairwise_accuracy") == 2
+    assert "evaluation.best must be explained_variance where no validation problem" in capsys.readouterr().err
+    assert not run_dir.exists()
+    assert train(*settings) == 0  # and without any pair everything else works
+    assert main(["evaluate", str(run_dir)]) == 0
+    assert main(["inspect", str(run_dir)]) == 0
