@@ -168,6 +168,8 @@ def check_same_data(run_dir: Path, data: Mapping[str, Any]) -> None:
         before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else data
     except ValueError as error:
         raise UserError(f"{path} must be what a run wrote there: {error}") from error
+    if before.keys() != data.keys():
+        raise UserError(f"{path} must be what this version writes there: the run in {run_dir} was made by another one")
     if before != data:
         raise UserError(f"{data['path']} is not the file that the run in {run_dir} was trained on: its content changed")
 

@@ -17,6 +17,7 @@ def token_classifier(backbone: Any, head: nn.Module) -> Any | None:
 
     config = copy.deepcopy(backbone.config)
     config.num_labels = 1
+    config.problem_type = "regression"  # else vLLM puts a sigmoid on a model with one label
     config.classifier_dropout = 0.0
     try:
         whole = AutoModelForTokenClassification.from_config(config, dtype=backbone.dtype)

@@ -159,9 +159,13 @@ class ValueModel(nn.Module):
                 model = cls(AutoModel.from_pretrained(folder, dtype=dtype), head_config, None, backbone_frozen=True)
                 model.value_head.load_state_dict(load_file(folder / HEAD_TENSORS))
                 return model.eval()
-            whole = AutoModelForTokenClassification.from_pretrained(folder, dtype=dtype)
+            whole, report = AutoModelForTokenClassification.from_pretrained(
+                folder, dtype=dtype, output_loading_info=True
+            )
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"{folder} must be a folder that ValueModel.save_pretrained wrote: {error}") from error
+        if missing := report["missing_keys"]:  # transformers makes them up
+            raise UserError(f"{folder} must hold every weight of a value model, got none for {min(missing)}")
         if whole.config.num_labels != 1:
             raise UserError(f"{folder} must hold a model with one label, got {whole.config.num_labels}")
         model = cls(whole.base_model, HeadConfig(type="linear"), None, backbone_frozen=True)

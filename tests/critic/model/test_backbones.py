@@ -85,6 +85,7 @@ def test_a_linear_critic_of_any_family_is_a_token_classifier_of_transformers(fam
         again = ValueModel.from_pretrained(tmp_path / "saved")
         theirs = AutoModelForTokenClassification.from_pretrained(tmp_path / "saved")
         assert theirs.config.num_labels == 1
+        assert theirs.config.problem_type == "regression"
         torch.testing.assert_close(again(ids, mask)[mask], expected, rtol=1e-4, atol=1e-5)
         logits = theirs.eval()(input_ids=ids, attention_mask=mask).logits.squeeze(-1)
         torch.testing.assert_close(logits[mask], expected, rtol=1e-4, atol=1e-5)
@@ -102,6 +103,9 @@ def test_other_heads_come_back_too(tiny_backbone, inputs, tmp_path, head):
 def test_what_is_no_critic_is_refused(tiny_backbone, tmp_path):
     with pytest.raises(UserError, match=r"must be a folder that ValueModel.save_pretrained wrote"):
         ValueModel.from_pretrained(tmp_path)
+    # A model without a value head: transformers would make one up.
+    with pytest.raises(UserError, match=r"must hold every weight of a value model, got none for score\."):
+        ValueModel.from_pretrained(tiny_backbone)
     config = transformers.AutoConfig.from_pretrained(tiny_backbone, num_labels=3)
     AutoModelForTokenClassification.from_config(config).save_pretrained(tmp_path / "three")
     with pytest.raises(UserError, match="must hold a model with one label, got 3"):

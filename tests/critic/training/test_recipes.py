@@ -238,6 +238,9 @@ def test_a_dry_run_refuses_what_the_run_refuses(train, write_pairs, tmp_path, mo
     for more in ([], ["--dry-run"]):
         assert train("training.max_steps=4", "--resume", *more) == 2
         assert "its content changed" in capsys.readouterr().err
+    (tmp_path / "run" / "data.json").write_text('{"path": "of another version"}', encoding="utf-8")
+    assert train("training.max_steps=4", "--resume") == 2
+    assert "was made by another one" in capsys.readouterr().err
     monkeypatch.setattr(checkpoint.os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write anywhere
     assert train(f"run_dir={tmp_path}/new/run", "--dry-run") == 2
     assert f"must be writable: [Errno 13] Permission denied: '{tmp_path}'" in capsys.readouterr().err
