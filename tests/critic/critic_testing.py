@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lambda_return_ext.critic.data.batches import Batch
@@ -78,6 +79,17 @@ def pair_of(problem, right, wrong):
 def pair(right, wrong, prompt=(9, 9)):
     """A pair of two solutions by their tokens."""
     return pair_of("p", Solution(prompt, right), Solution(prompt, wrong))
+
+
+class Lookup(nn.Module):
+    """A critic that says the token id as a share of ten."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.1))
+
+    def forward(self, inputs, attention_mask):
+        return inputs.float() * self.scale
 
 
 def batch_of(attention_mask, loss_mask, rewards, packing=None, output_mask=None):

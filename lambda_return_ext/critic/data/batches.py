@@ -174,10 +174,9 @@ class Collator:
         fill = 0 if self.features is not None else self.pad_id
         rows.append(rows[0].new_full((filling, *rows[0].shape[1:]), fill))
         mask, rewards = torch.zeros(tokens + filling, dtype=torch.bool), torch.zeros(tokens + filling)
-        for rollout, mine, its in zip(
-            rollouts, mask[:tokens].split(lengths), rewards.split([*lengths, filling]), strict=False
-        ):
-            self._place(rollout, mine, its)
+        parts = mask[:tokens].split(lengths), rewards[:tokens].split(lengths)
+        for rollout, its_mask, its_rewards in zip(rollouts, *parts, strict=True):
+            self._place(rollout, its_mask, its_rewards)
         ends = torch.tensor([0, *lengths]).cumsum(0)
         ends[-1] += filling
         return Batch(

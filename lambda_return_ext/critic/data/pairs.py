@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from lambda_return_ext.critic.config import DataConfig
-from lambda_return_ext.critic.data.rollouts import Rollout, Solution, fits
+from lambda_return_ext.critic.data.rollouts import Rollout, Solution, fits, prompt_fits, unusable
 from lambda_return_ext.critic.data.rows import Example
 
 
@@ -107,9 +107,6 @@ def sample_pairs(name: str, problem: Problem, config: DataConfig, dropped: Count
     def length_bin(rollout: Rollout) -> int:
         return 0 if config.length_bin is None else rollout.outputs // config.length_bin
 
-    def prompt_fits(rollout: Rollout) -> bool:
-        return config.overlong != "drop" or len(rollout.solution.prompt_ids) < config.max_length
-
     def drop(reason: str, number: int = 1) -> None:
         if number:
             dropped[reason] += number
@@ -120,7 +117,7 @@ def sample_pairs(name: str, problem: Problem, config: DataConfig, dropped: Count
             drop("pairs whose two sides are the same")
         elif not (pair.right.outputs and pair.wrong.outputs):
             drop("pairs with a solution that has no output token")
-        elif not (prompt_fits(pair.right) and prompt_fits(pair.wrong)):
+        elif not (prompt_fits(pair.right.solution, config) and prompt_fits(pair.wrong.solution, config)):
             drop("pairs whose prompt alone fills data.max_length")
         elif not (fits(pair.right.solution, config) and fits(pair.wrong.solution, config)):
             drop("pairs with a solution that does not fit into data.max_length")
@@ -141,12 +138,8 @@ def sample_pairs(name: str, problem: Problem, config: DataConfig, dropped: Count
     distinct = [rollout for solution, by in by_solution.items() if solution not in several for rollout in by.values()]
     distinct.sort(key=lambda rollout: (-rollout.total, stable_hash(config.split_seed, rollout.solution)))
     for rollout in distinct:
-        if not rollout.outputs:
-            drop("solutions that have no output token")
-        elif not prompt_fits(rollout):
-            drop("solutions whose prompt alone fills data.max_length")
-        elif not fits(rollout.solution, config):
-            drop("solutions that do not fit into data.max_length")
+        if reason := unusable(rollout, config):
+            drop(f"solutions {reason}")
         else:
             free.setdefault(length_bin(rollout), {}).setdefault(rollout.total, []).append(rollout)
     shared = sorted((key for key, by in free.items() if len(by) > 1), key=lambda k: stable_hash(config.split_seed, k))

@@ -97,6 +97,20 @@ def fits(solution: Solution, config: DataConfig) -> bool:
     return len(solution.output_ids) < config.max_length
 
 
+def prompt_fits(solution: Solution, config: DataConfig) -> bool:
+    """Whether a prompt leaves room for an answer, once it is cut where the configuration allows that."""
+    return config.overlong != "drop" or len(solution.prompt_ids) < config.max_length
+
+
+def unusable(rollout: Rollout, config: DataConfig) -> str | None:
+    """Why a rollout can't be trained on, as it follows the word for many of them; None where it can."""
+    if not rollout.outputs:
+        return "that have no output token"
+    if not prompt_fits(rollout.solution, config):
+        return "whose prompt alone fills data.max_length"
+    return None if fits(rollout.solution, config) else "that do not fit into data.max_length"
+
+
 def fit_prompts(solutions: Sequence[Solution], max_length: int) -> list[Solution]:
     """The same where all of them fit, else with as much of the end of each prompt as the longest answer leaves room."""
     if all(solution.length <= max_length for solution in solutions):

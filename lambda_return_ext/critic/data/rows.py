@@ -48,7 +48,7 @@ class Example(NamedTuple):
     answers: list[Answer]
     paired: bool
     tools: list[Any] | None
-    shape: str = ""
+    shape: str
 
 
 def parse_example(row: Row, unlabelled: bool = False) -> Example:

@@ -18,7 +18,7 @@ from lambda_return_ext.critic.data.pairs import (
     sample_pairs,
     stable_hash,
 )
-from lambda_return_ext.critic.data.rollouts import Rollout, fit_prompts, fits, tokenize
+from lambda_return_ext.critic.data.rollouts import Rollout, fit_prompts, tokenize, unusable
 from lambda_return_ext.critic.data.rows import Example, check_together, parse_example
 from lambda_return_ext.critic.data.sources import Source
 from lambda_return_ext.critic.errors import UserError
@@ -176,17 +176,17 @@ def select_data(rows: Rows, tokenizer: Any, config: DataConfig) -> RunData:
         examples = [example for example, keep in zip(examples, kept, strict=True) if keep]
         rollouts = [answers for answers, keep in zip(rollouts, kept, strict=True) if keep]
     problems = group_by_problem(examples, rollouts)
-    bare = sum(lost_special_tokens(example, tokenizer) for example in examples)
-    take = sample_pairs if config.sampling == "pairs" else take_rollouts
+    pairs = config.sampling == "pairs"
+    take = sample_pairs if pairs else take_rollouts
     taken: dict[str, tuple[Sequence[Item], int]] = {}
     for name, problem in problems.items():
         items, possible = take(name, problem, config, dropped)
         if items:
             taken[name] = items, possible
         else:
-            dropped[f"problems without a {'pair' if config.sampling == 'pairs' else 'rollout that can be used'}"] += 1
+            dropped[f"problems without a {'pair' if pairs else 'rollout that can be used'}"] += 1
     dropped = Counter({reason: number for reason, number in dropped.items() if number})
-    if config.sampling == "pairs" and not any(map(_has_a_pair, problems.values())):
+    if pairs and not any(map(_has_a_pair, problems.values())):
         raise UserError(
             f"{config.path} must hold two answers of one problem with different rewards, got no such pair"
             f"{_reasons(dropped)}; data.sampling: rollouts takes it, since it needs none"
@@ -194,14 +194,13 @@ def select_data(rows: Rows, tokenizer: Any, config: DataConfig) -> RunData:
     chosen = split_problems(taken, held_out, rows, config, dropped)
     whole = {part: [item for name in names for item in taken[name][0]] for part, names in chosen.items()}
     fitted = {part: [fit_item(item, config.max_length) for item in items] for part, items in whole.items()}
-    pairs = config.sampling == "pairs"
     return RunData(
         train=fitted["train"],
         validation=fitted["validation"],
         possible={part: sum(taken[name][1] for name in names) for part, names in chosen.items()} if pairs else {},
         dropped=dict(dropped),
         truncated=sum(item.length > config.max_length for items in whole.values() for item in items),
-        rows={**describe_rows(examples, problems), "lost_special_tokens": bare},
+        rows=describe_rows(examples, problems, tokenizer),
     )
 
 
@@ -262,12 +261,8 @@ def take_rollouts(
     """
     taken = []
     for rollout in sorted(problem.everything, key=lambda rollout: stable_hash(config.split_seed, tuple(rollout))):
-        if not rollout.outputs:
-            dropped["answers that have no output token"] += 1
-        elif config.overlong == "drop" and len(rollout.solution.prompt_ids) >= config.max_length:
-            dropped["answers whose prompt alone fills data.max_length"] += 1
-        elif not fits(rollout.solution, config):
-            dropped["answers that do not fit into data.max_length"] += 1
+        if reason := unusable(rollout, config):
+            dropped[f"answers {reason}"] += 1
         else:
             taken.append(rollout)
     return taken, len(taken)
@@ -280,7 +275,7 @@ def fit_item(item: Item, max_length: int) -> Item:
     return TokenPair(item.problem, *rollouts) if isinstance(item, TokenPair) else rollouts[0]
 
 
-def describe_rows(examples: Sequence[Example], problems: Mapping[str, Problem]) -> dict[str, Any]:
+def describe_rows(examples: Sequence[Example], problems: Mapping[str, Problem], tokenizer: Any) -> dict[str, Any]:
     """What was read, before anything was left out."""
     rollouts = [rollout for problem in problems.values() for rollout in problem.everything]
     return {
@@ -289,4 +284,5 @@ def describe_rows(examples: Sequence[Example], problems: Mapping[str, Problem]) 
         "rollouts": len(rollouts),
         "cut_off": sum(rollout.truncated for rollout in rollouts),
         **describe_rewards(rollouts),
+        "lost_special_tokens": sum(lost_special_tokens(example, tokenizer) for example in examples),
     }

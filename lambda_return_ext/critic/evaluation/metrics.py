@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lambda_return_ext import create_eos_only_mask
+from lambda_return_ext import compute_lambda_return, create_eos_only_mask
 from lambda_return_ext.critic.config import Config, ValueLossConfig
 from lambda_return_ext.critic.data.batches import Batch, Collator, value_places
 from lambda_return_ext.critic.data.split import Item
@@ -122,7 +122,9 @@ def measure_batch(
     variance = centred.square().sum(1) / tokens
     varies = variance.sqrt() > 1e-12 * mean.abs()  # below, a constant float32 value differs by rounding alone
     spread = (centred.square().sum(1) * position.square().sum(1)).sqrt().where(varies, torch.inf)
-    outcomes = assign_credit(values, batch, 1.0, 1.0).targets.double()  # all rewards that are still to come
+    # All rewards that are still to come.
+    rewards = batch.terminal_rewards, mask, 1.0, 1.0
+    outcomes = compute_lambda_return(credit.values, *rewards, rewards=batch.step_rewards).double()
     errors = (outcomes - v) * mask
     # The batch's part of the loss of all, in equal shares: only the sum is asked for.
     part = value_loss(loss, values, batch, counts, balanced=balanced)[0].double()

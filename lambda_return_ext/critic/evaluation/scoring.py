@@ -78,9 +78,10 @@ def score_file(
     if Path(output).exists() and not overwrite:
         raise UserError(f"--output must not exist yet, got {output!r}: give --overwrite to replace it")
     writer_of = _writer_of(Path(output))
-    critic, display = load_critic(run), Display()
-    settings = critic.config.data
-    source = Source(data, subset, split, "FILE", settings.columns, unlabelled=True)
+    settings = checkpoint.saved_config(Path(run)).data
+    # Before the model, which takes longer to load than a wrong name to be said.
+    source, display = Source(data, subset, split, "FILE", settings.columns, unlabelled=True), Display()
+    critic = load_critic(run)
     columns = VALUES if critic.config.model.value_position != "both" else (*VALUES, "values_after")
     renderer = Renderer(critic.tokenizer, read_chat_template(settings.chat_template))
     rows = ((number, parse_example(row, unlabelled=True)) for number, row in enumerate(source, 1))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from critic_testing import batch_of, pair, pair_of
+from critic_testing import Lookup, batch_of, pair, pair_of
 from torch import nn
 
 from lambda_return_ext import create_eos_only_mask
@@ -84,17 +84,6 @@ def test_in_warm_up_only_the_last_token_has_a_gradient():
     loss, _ = value_loss(config, values, batch_of(attention_mask, ends, rewards))
     (gradient,) = torch.autograd.grad(loss, values)
     assert torch.equal(gradient != 0, ends)
-
-
-class Lookup(nn.Module):
-    """A critic that says the token id as a share of ten."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(0.1))
-
-    def forward(self, inputs, attention_mask):
-        return inputs.float() * self.scale
 
 
 def evaluate_pairs(loss, pairs, batch_size, model=None):

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from critic_testing import Lookup
 
 from lambda_return_ext.critic.config import Config, LambdaReturnConfig, TrainingConfig, ValueLossConfig
 from lambda_return_ext.critic.data.batches import Collator
@@ -13,17 +13,6 @@ from lambda_return_ext.critic.data.rollouts import Rollout, Solution
 from lambda_return_ext.critic.evaluation.metrics import count_items, evaluate_items
 from lambda_return_ext.critic.losses import count_terms, value_loss
 from lambda_return_ext.reference import compute_lambda_return as reference_return
-
-
-class Lookup(nn.Module):
-    """A critic that says the token id as a share of ten."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(0.1))
-
-    def forward(self, inputs, attention_mask):
-        return inputs.float() * self.scale
 
 
 def rollouts_of(seed=0, number=30, rewards=(0.0, 1.0)):
