@@ -7,6 +7,7 @@ names the key and the nearest valid one.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,7 +15,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lambda_return_ext.critic.errors import UserError
 
@@ -133,6 +134,16 @@ class LambdaReturnConfig(Section):
     coef: PositiveFloat = 1.0
     warmup_steps: Count = 0
     bias_init: float | Literal["mean"] | None = 0.5
+
+    @field_validator("bias_init", mode="before")
+    @classmethod
+    def _number_or_mean(cls, value: Any) -> Any:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is None or value == "mean" or (is_number and math.isfinite(value)):
+            return value
+        raise ValueError(
+            f"training.value_loss.lambda_return.bias_init must be a finite number, 'mean' or null, got {value!r}"
+        )
 
 
 class ValueLossConfig(Section):

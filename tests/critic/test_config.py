@@ -152,3 +152,11 @@ def test_a_head_without_a_bias_cannot_start_at_a_number(config_file):
     with pytest.raises(UserError, match=r"bias_init must be null when model\.head\.bias is false: .*, got 0\.5"):
         load_config(config_file, ["model.head.bias=false"])
     load_config(config_file, ["model.head.bias=false", "training.value_loss.lambda_return.bias_init=null"])
+
+
+@pytest.mark.parametrize("value", ["average", "true", "[0.5]", ".nan"])
+def test_a_first_prediction_that_is_no_number_is_one_sentence(config_file, value):
+    key = "training.value_loss.lambda_return.bias_init"
+    with pytest.raises(UserError, match=rf"^{key} must be a finite number, 'mean' or null, got [^\n]*$"):
+        load_config(config_file, [f"{key}={value}"])
+    assert load_config(config_file, [f"{key}=1"]).training.value_loss.lambda_return.bias_init == 1.0
