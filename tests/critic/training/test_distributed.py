@@ -238,9 +238,10 @@ real, calls, received = trainer.value_loss, [], []
 
 def value_loss(*arguments):
     calls.append(arguments)
-    if len(calls) == 9:
+    if len(calls) == 1:  # long before: a rank that is not yet at the ninth call must notice the signal too
         ask = signal.getsignal(signal.SIGTERM)
         signal.signal(signal.SIGTERM, lambda *given: (received.append(1), ask(*given)))
+    if len(calls) == 9:
         if os.environ["RANK"] == "0":
             os.kill(os.getppid(), signal.SIGTERM)
         while not received:
